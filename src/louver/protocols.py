@@ -1,0 +1,191 @@
+"""The seams between Louver's parts, and nothing else.
+
+Data flows one way through a decode step::
+
+    index.bounds(q) -> BoundSummary -> policy.cuts -> Cuts -> a kernel -> AttendResult
+
+Policies never see keys, kernels never see policies. To add a bound, implement KeyIndex; to add a rule for what a step
+keeps, implement Policy; to add another way to serve a layer (a baseline, say), implement LayerAttention.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Guarantee = Literal["exact", "certified", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundSummary:
+    """Histograms of the bounds of the *undecided* keys, per row and query head: all a policy may look at.
+
+    Undecided keys are those a sketch stands for. The keys a step attends exactly in any case (the open block, sinks, recent
+    tokens, keys without a finite bound) are decided; they enter through ``decided_mass`` and ``lower_count`` only.
+    Bin i holds bounds b with edges[i] > b >= edges[i + 1]; edges descend from +inf to -inf, in score units. Masses are in
+    units of e^shift, shift in nats.
+    """
+
+    edges: Float[Tensor, "batch num_q_heads bins_plus_1"]
+    upper_count: Int[Tensor, "batch num_q_heads bins"]  # undecided keys by upper bound
+    lower_count: Int[Tensor, "batch num_q_heads bins"]  # all keys by lower bound; decided ones by their exact score
+    upper_mass: Float[Tensor, "batch num_q_heads bins"]  # sum of e^(upper logit), binned by upper bound
+    lower_mass: Float[Tensor, "batch num_q_heads bins"]  # sum of e^(lower logit), binned by upper bound
+    decided_mass: Float[Tensor, "batch num_q_heads"]  # sum of e^logit over the decided keys
+    best_lower: Float[Tensor, "batch num_q_heads"]  # the largest lower bound of any key, score units
+    shift: Float[Tensor, "batch num_q_heads"]
+    num_keys: Int[Tensor, " batch"]  # valid keys of the row
+    softmax_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """Three thresholds on the upper bound, score units, [batch, num_q_heads]; unread <= fine <= exact.
+
+    A key with upper bound >= exact is treated exactly; from fine to exact its second plane is read where there is one; below
+    unread its value is not read. A retrieval policy sets all three to one tau, and may ask that of the keys above it only
+    the ``rank`` highest exact scores are kept (ties within rounding are kept too).
+    """
+
+    unread: Float[Tensor, "batch num_q_heads"]
+    fine: Float[Tensor, "batch num_q_heads"]
+    exact: Float[Tensor, "batch num_q_heads"]
+    rank: Int[Tensor, "batch num_q_heads"] | None = None
+
+
+class Policy(Protocol):
+    """What a decode step keeps. Pure tensor code: no ``.item()``, no shape that depends on data."""
+
+    drops: ClassVar[bool]  # True: keys below the cut are dropped (retrieval). False: they keep an estimated weight.
+    sinks: int  # first tokens of each row that are always exact
+    recent: int  # last tokens of each row that are always exact
+
+    def cuts(self, summary: BoundSummary) -> Cuts:
+        """Choose the thresholds of this step from the bounds of this step."""
+        ...
+
+    @property
+    def spec(self) -> str:
+        """The canonical specification, such as ``exact:0.01+sinks:4``."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepStats:
+    """What one decode step read, counted per row and KV head (a key read for one head of a GQA group counts once)."""
+
+    num_keys: Int[Tensor, "batch num_kv_heads"]  # valid keys
+    num_scanned: Int[Tensor, "batch num_kv_heads"]  # keys read in full because no bound ruled them out
+    num_exact: Int[Tensor, "batch num_kv_heads"]  # keys attended exactly, with their full value
+    num_coarse: Int[Tensor, "batch num_kv_heads"]  # keys attended through a sketched key and a sketched value
+    num_unread: Int[Tensor, "batch num_kv_heads"]  # keys attended through a sketched key and the mean value
+    bytes_read: Int[Tensor, "batch num_kv_heads"]
+    bytes_dense: Int[Tensor, "batch num_kv_heads"]  # what dense attention reads from a 16-bit cache
+
+    @property
+    def bytes_fraction(self) -> float:
+        """Bytes read over bytes dense attention reads from a 16-bit cache."""
+        return self.bytes_read.sum().item() / max(1, self.bytes_dense.sum().item())
+
+    def fraction(self, name: str) -> float:
+        """One of the counts (``"exact"``, ``"coarse"``, ``"unread"``, ``"scanned"``) over the number of valid keys."""
+        return getattr(self, f"num_{name}").sum().item() / max(1, self.num_keys.sum().item())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendResult:
+    """The output of one decode step, with its evidence.
+
+    The true output o (real arithmetic, over every stored key) obeys ``|o - out| <= certificate + arithmetic_bound`` in the
+    Euclidean norm. ``tau``: no key whose true score reaches it was treated inexactly (+inf would be a promise about nothing).
+    """
+
+    out: Float[Tensor, "batch num_q_heads head_dim"]
+    lse: Float[Tensor, "batch num_q_heads"]  # natural log of the sum of the weights used; float32
+    stats: StepStats
+    certificate: Float[Tensor, "batch num_q_heads"]  # inf where nothing is known about the values
+    arithmetic_bound: Float[Tensor, "batch num_q_heads"]
+    dropped_mass_bound: Float[Tensor, "batch num_q_heads"]  # 0 where nothing is dropped
+    tau: Float[Tensor, "batch num_q_heads"]
+    exact_mask: Tensor | None = None  # bool [batch, num_q_heads, kv_len], only when asked for
+
+
+@runtime_checkable
+class KVStore(Protocol):
+    """Where the exact keys and values live. Rows are left-padded: row i holds valid tokens kv_start[i] .. kv_len."""
+
+    @property
+    def keys(self) -> Float[Tensor, "batch num_kv_heads kv_len head_dim"]: ...
+    @property
+    def values(self) -> Float[Tensor, "batch num_kv_heads kv_len head_dim"] | None: ...
+    @property
+    def kv_start(self) -> Int[Tensor, " batch"]: ...
+    @property
+    def kv_len(self) -> Int[Tensor, " batch"]: ...
+    def append(self, keys: Tensor, values: Tensor | None) -> None:
+        """Add tokens [batch, num_kv_heads, new_len, head_dim] at the end of every row."""
+        ...
+
+    def truncate(self, kv_len: int) -> None:
+        """Forget every token from position kv_len on."""
+        ...
+
+    def select_batch(self, ids: Int[Tensor, " new_batch"]) -> None:
+        """Rearrange, repeat or drop rows: row i becomes the old row ids[i]."""
+        ...
+
+    def memory_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class KeyIndex(Protocol):
+    """Finds every key above a threshold. ``guarantee`` says whether "every" is proven."""
+
+    guarantee: ClassVar[Guarantee]
+    store: KVStore
+
+    def refresh(self) -> None:
+        """Take in the tokens the store gained since the last call."""
+        ...
+
+    def search(self, q: Tensor, tau: Tensor): ...
+    def attend(self, q: Tensor, policy: Policy, softmax_scale: float, record: bool = False) -> AttendResult: ...
+    def truncate(self, kv_len: int) -> None: ...
+    def select_batch(self, ids: Tensor) -> None: ...
+    def memory_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class LayerAttention(Protocol):
+    """Serves the decode steps of one layer: Louver is one implementation, every baseline another.
+
+    The caller appends tokens first and then either shows the prompt's queries (``observe``; the prompt itself is attended
+    densely by the caller) or asks for the attention of one query per row (``attend``).
+    """
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens held, padding included."""
+        ...
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views."""
+        ...
+
+    def observe(self, queries: Tensor, kv_start: Tensor | None, softmax_scale: float) -> None:
+        """See the queries [batch, num_q_heads, q_len, head_dim] of the q_len tokens appended last.
+
+        kv_start int32 [batch] counts the padding tokens at the left of each row; None means none.
+        """
+        ...
+
+    def attend(self, q: Tensor, softmax_scale: float, kv_start: Tensor | None = None) -> AttendResult:
+        """Attention of q [batch, num_q_heads, head_dim] over the tokens held."""
+        ...
+
+    def truncate(self, kv_len: int) -> None: ...
+    def select_batch(self, ids: Tensor) -> None: ...
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held, by name: ``keys_values`` and ``index``."""
+        ...
