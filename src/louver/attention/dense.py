@@ -1,0 +1,128 @@
+"""Dense attention behind the LayerAttention seam: the baseline, on the same growable buffers as everything else.
+
+``out`` is torch's scaled_dot_product_attention over every valid key, called the way transformers calls it, so a model decodes
+the same tokens as with ``attn_implementation="sdpa"``. Nothing is approximated: the certificate is 0 and only arithmetic is left.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from louver.kv.device import DeviceStore
+from louver.protocols import AttendResult, StepStats
+from louver.shapes import Keys, PerRow, Query, Values, check_query, group_heads
+
+# Wider heads make torch leave its fused kernels when enable_gqa is set.
+_MAX_FUSED_HEAD_DIM = 256
+
+
+class DenseAttention:
+    """Attends every valid key exactly. A LayerAttention.
+
+    Args:
+        reserve_tokens: allocate this many tokens at once (speed only, never results).
+    """
+
+    def __init__(self, *, reserve_tokens: int = 0) -> None:
+        self.store = DeviceStore(reserve_tokens=reserve_tokens)
+        self.record = False
+
+    @property
+    def kv_len(self) -> int:
+        """Tokens held, padding included."""
+        return len(self.store)
+
+    def append(self, keys: Keys, values: Values) -> tuple[Keys, Values]:
+        """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views."""
+        self.store.append(keys, values)
+        held = self.store.values
+        assert held is not None
+        return self.store.keys, held
+
+    def observe(self, queries: Tensor, kv_start: PerRow | None, softmax_scale: float) -> None:
+        """Note the padding of the rows; dense attention learns nothing from queries."""
+        if kv_start is not None:
+            self.store.kv_start = kv_start
+
+    def attend(self, q: Query, softmax_scale: float, kv_start: PerRow | None = None) -> AttendResult:
+        """Attention of q [batch, num_q_heads, head_dim] over the valid tokens held.
+
+        kv_start int32 [batch] counts the padding tokens at the left of each row; None means none.
+        """
+        keys, values = self.store.keys, self.store.values
+        check_query(q, keys)
+        assert values is not None
+        if kv_start is not None:
+            self.store.kv_start = kv_start
+        valid = None if kv_start is None else valid_tokens(kv_start, keys.shape[2])
+        return AttendResult(
+            out=_attend(q, keys, values, valid, softmax_scale),
+            lse=_log_sum_exp(q, keys, valid, softmax_scale),
+            stats=dense_stats(keys, kv_start),
+            certificate=q.new_zeros(q.shape[:2], dtype=torch.float32),
+            arithmetic_bound=q.new_full(q.shape[:2], torch.inf, dtype=torch.float32),
+            dropped_mass_bound=q.new_zeros(q.shape[:2], dtype=torch.float32),
+            tau=q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
+            exact_mask=_exact_mask(q, keys, valid) if self.record else None,
+        )
+
+    def truncate(self, kv_len: int) -> None:
+        """Forget every token from position kv_len on."""
+        self.store.truncate(kv_len)
+
+    def select_batch(self, ids: Tensor) -> None:
+        """Rearrange, repeat or drop rows: row i becomes the old row ids[i]."""
+        self.store.select_batch(ids)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held, by name; there is no index."""
+        return {"keys_values": self.store.memory_bytes(), "index": 0}
+
+
+def valid_tokens(kv_start: PerRow, kv_len: int) -> Tensor:
+    """Bool [batch, kv_len]: True from kv_start on."""
+    return torch.arange(kv_len, device=kv_start.device) >= kv_start[:, None]
+
+
+def dense_stats(keys: Keys, kv_start: PerRow | None) -> StepStats:
+    """What a dense step reads: every valid key and value, counted at 16 bits each, per row and KV head."""
+    batch, num_kv_heads, kv_len, head_dim = keys.shape
+    num_keys = torch.full((batch, num_kv_heads), kv_len, dtype=torch.int64, device=keys.device)
+    if kv_start is not None:
+        num_keys -= kv_start[:, None]
+    none = torch.zeros_like(num_keys)
+    num_bytes = num_keys * (2 * head_dim * 2)
+    return StepStats(
+        num_keys=num_keys,
+        num_scanned=num_keys,
+        num_exact=num_keys,
+        num_coarse=none,
+        num_unread=none,
+        bytes_read=num_bytes,
+        bytes_dense=num_bytes,
+    )
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, softmax_scale: float) -> Tensor:
+    if valid is None and keys.shape[3] <= _MAX_FUSED_HEAD_DIM:
+        out = scaled_dot_product_attention(q[:, :, None], keys, values, scale=softmax_scale, enable_gqa=True)
+        return out[:, :, 0]
+    # A mask sends enable_gqa to a slow kernel, so the heads of a group become its query tokens.
+    mask = None if valid is None else valid[:, None, None]
+    grouped = group_heads(q, keys.shape[1])
+    return scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=softmax_scale).flatten(1, 2)
+
+
+def _log_sum_exp(q: Tensor, keys: Tensor, valid: Tensor | None, softmax_scale: float) -> Tensor:
+    """Natural log of the sum of e^logit over the valid keys, float32 [batch, num_q_heads]."""
+    logits = (group_heads(q, keys.shape[1]) @ keys.mT).float() * softmax_scale
+    if valid is not None:
+        logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
+    return logits.logsumexp(-1).flatten(1)
+
+
+def _exact_mask(q: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor:
+    batch, num_q_heads, kv_len = q.shape[0], q.shape[1], keys.shape[2]
+    if valid is None:
+        return torch.ones(batch, num_q_heads, kv_len, dtype=torch.bool, device=q.device)
+    return valid[:, None].expand(batch, num_q_heads, kv_len)

@@ -1,0 +1,198 @@
+"""Exact keys and values in device memory, in buffers that grow by a quarter.
+
+Concatenating all keys and values at every step costs more than attention itself (32,000 tokens on a CPU: 6.2 ms against
+3.5 ms), so tokens are written into preallocated buffers and read back as views: appending costs O(new tokens), and growth is
+O(1) amortised per token. A view stays valid until its tokens are truncated and written over.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from louver.errors import ShapeError
+from louver.shapes import Keys, PerRow, Values, check_keys_values
+
+_GROWTH = 1.25
+_ROUND_TOKENS = 64
+
+
+class DeviceStore:
+    """A KVStore on one device: ``[batch, num_kv_heads, capacity, head_dim]`` buffers, grown by a quarter when full.
+
+    Shapes, dtype and device are those of the first tokens appended. Keys and values keep their dtype: a store never changes
+    what it was given. ``values`` may be None throughout (an index for search only).
+
+    Args:
+        reserve_tokens: allocate this many tokens at once (speed only, never results).
+    """
+
+    def __init__(self, *, reserve_tokens: int = 0) -> None:
+        if reserve_tokens < 0:
+            raise ShapeError(f"reserve_tokens={reserve_tokens}; wanted 0 or more tokens")
+        self.reserve_tokens = reserve_tokens
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._kv_start: Tensor | None = None
+        self._kv_len: Tensor | None = None
+        self._len = 0  # tokens held by the longest row: the length of the views
+        self._ragged = False  # rows end at different positions
+
+    @classmethod
+    def wrap(
+        cls, keys: Keys, values: Values | None = None, kv_start: PerRow | None = None, kv_len: PerRow | None = None
+    ) -> "DeviceStore":
+        """A store over tensors that already exist, without a copy; row i holds tokens kv_start[i] .. kv_len[i]."""
+        check_keys_values(keys, values)
+        store = cls()
+        store._keys, store._values, store._len = keys, values, keys.shape[2]
+        store._kv_start = _per_row(0 if kv_start is None else kv_start, keys)
+        store._kv_len = _per_row(keys.shape[2] if kv_len is None else kv_len, keys)
+        store._ragged = bool((store._kv_len != keys.shape[2]).any())
+        return store
+
+    @property
+    def is_empty(self) -> bool:
+        """True until the first append (and after ``clear``): there are no shapes yet, so no views either."""
+        return self._keys is None
+
+    @property
+    def keys(self) -> Keys:
+        """A view [batch, num_kv_heads, kv_len, head_dim] of the keys held."""
+        return self._allocated()[:, :, : self._len]
+
+    @property
+    def values(self) -> Values | None:
+        """A view [batch, num_kv_heads, kv_len, head_dim] of the values held, None if there are none."""
+        return None if self._values is None else self._values[:, :, : self._len]
+
+    @property
+    def kv_start(self) -> PerRow:
+        """Padding tokens at the left of each row, int32 [batch]."""
+        self._allocated()
+        assert self._kv_start is not None
+        return self._kv_start
+
+    @kv_start.setter
+    def kv_start(self, kv_start: PerRow) -> None:
+        self._kv_start = _per_row(kv_start, self._allocated())
+
+    @property
+    def kv_len(self) -> PerRow:
+        """The end of each row, int32 [batch]."""
+        self._allocated()
+        assert self._kv_len is not None
+        return self._kv_len
+
+    def __len__(self) -> int:
+        """Tokens held by the longest row, padding included: the length of the views."""
+        return self._len
+
+    @property
+    def capacity(self) -> int:
+        """Tokens per row the buffers hold before they grow."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def append(self, keys: Keys, values: Values | None) -> None:
+        """Add tokens [batch, num_kv_heads, new_len, head_dim] at the end of every row.
+
+        Raises:
+            ShapeError: the tokens do not fit what the store already holds, or its rows end at different positions.
+        """
+        check_keys_values(keys, values)
+        new_len = keys.shape[2]
+        if self._keys is None:
+            # Room for a quarter more from the start, or the first decode step would copy the whole prompt.
+            capacity = self.reserve_tokens if self.reserve_tokens >= max(1, new_len) else _grown(new_len)
+            self._keys = _buffer(keys, capacity)
+            self._values = None if values is None else _buffer(values, capacity)
+            self._kv_start = _per_row(0, keys)
+        self._check_fits(keys, values)
+        end = self._len + new_len
+        if end > self.capacity:
+            self._resize(max(_rounded(end), _grown(self.capacity)))
+        self._keys[:, :, self._len : end].copy_(keys)
+        if values is not None:
+            assert self._values is not None
+            self._values[:, :, self._len : end].copy_(values)
+        self._len = end
+        self._kv_len = _per_row(end, self._keys)
+
+    def truncate(self, kv_len: int) -> None:
+        """Forget every token from position kv_len on; a longer kv_len than the store holds changes nothing."""
+        if kv_len < 0:
+            raise ShapeError(f"cannot truncate to kv_len={kv_len}; wanted a length of 0 or more tokens")
+        if self._kv_len is not None and kv_len < self._len:
+            self._len = kv_len
+            self._kv_len = self._kv_len.clamp(max=kv_len)
+
+    def select_batch(self, ids: Tensor) -> None:
+        """Rearrange, repeat or drop rows: row i becomes the old row ids[i]."""
+        if self._keys is None:
+            return
+        ids = ids.to(self._keys.device)
+        self._resize(self.capacity, ids)
+        self._kv_start, self._kv_len = self.kv_start[ids], self.kv_len[ids]
+
+    def clear(self) -> None:
+        """Give the buffers back; the next append decides shapes anew."""
+        self._keys = self._values = self._kv_start = self._kv_len = None
+        self._len, self._ragged = 0, False
+
+    def memory_bytes(self) -> int:
+        """Bytes allocated, room for growth included."""
+        return sum(x.numel() * x.element_size() for x in (self._keys, self._values) if x is not None)
+
+    def _resize(self, capacity: int, ids: Tensor | None = None) -> None:
+        """Move the tokens held (of the rows ids) to new buffers."""
+        rows = torch.arange(self._allocated().shape[0], device=self._allocated().device) if ids is None else ids
+        for name in ("_keys", "_values"):
+            old = getattr(self, name)
+            if old is None:
+                continue
+            new = _buffer(old, capacity, batch=len(rows))
+            torch.index_select(old[:, :, : self._len], 0, rows, out=new[:, :, : self._len])
+            setattr(self, name, new)
+
+    def _allocated(self) -> Tensor:
+        if self._keys is None:
+            raise ShapeError("the store is empty: append keys [batch, num_kv_heads, kv_len, head_dim] before reading it")
+        return self._keys
+
+    def _check_fits(self, keys: Tensor, values: Tensor | None) -> None:
+        held = self._allocated()
+        if self._ragged:
+            raise ShapeError("cannot append to rows of different lengths; pad them on the left instead")
+        want, got = (held.shape[:2], held.shape[3]), (keys.shape[:2], keys.shape[3])
+        if want != got or keys.dtype != held.dtype or keys.device != held.device:
+            raise ShapeError(
+                f"cannot append keys {tuple(keys.shape)} {keys.dtype} on {keys.device} to a store of "
+                f"[{held.shape[0]}, {held.shape[1]}, kv_len, {held.shape[3]}] {held.dtype} on {held.device}"
+            )
+        if (values is None) != (self._values is None):
+            raise ShapeError("a store holds values for all of its tokens or for none of them")
+
+
+def _rounded(tokens: float) -> int:
+    return max(1, math.ceil(tokens / _ROUND_TOKENS)) * _ROUND_TOKENS
+
+
+def _grown(tokens: int) -> int:
+    return _rounded(tokens * _GROWTH)
+
+
+def _buffer(like: Tensor, capacity: int, batch: int | None = None) -> Tensor:
+    # A buffer made inside inference_mode could not be written to outside of it; an ordinary one can be, in both.
+    with torch.inference_mode(False):
+        shape = (like.shape[0] if batch is None else batch, like.shape[1], capacity, like.shape[3])
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+def _per_row(value: Tensor | int, like: Tensor) -> Tensor:
+    """An int32 [batch] tensor on like's device."""
+    batch = like.shape[0]
+    if isinstance(value, int):
+        return torch.full((batch,), value, dtype=torch.int32, device=like.device)
+    if value.shape != (batch,):
+        raise ShapeError(f"a per-row length has shape {tuple(value.shape)}; wanted [batch] = ({batch},)")
+    return value.to(device=like.device, dtype=torch.int32)
