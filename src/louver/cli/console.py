@@ -1,0 +1,52 @@
+"""The terminal: one console for results, one for errors, and how an error looks (one red line, exit code 2)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from louver.errors import LouverError
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one red line on stderr and leave with exit code 2."""
+    line = " ".join(message.split())
+    errors.print(Text.assemble(("error: ", "bold red"), (line, "red")), soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a command so that what a user can cause is told in one line. Bugs keep their traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LouverError as error:
+            fail(str(error))
+        except OSError as error:  # an output folder that cannot be made, a disk that is full
+            if error.filename is None:
+                raise
+            fail(f"{error.filename}: {error.strerror}")
+
+    return wrapped
+
+
+def progress() -> Progress:
+    """A progress display for anything that takes over a second. It goes to stderr and vanishes when done."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
