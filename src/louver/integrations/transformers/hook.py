@@ -1,0 +1,70 @@
+"""The attention function named "louver": asks the layer that marked the keys, or does what transformers' SDPA does.
+
+Served: one new token per row on a LouverLayer, with no mask or a left-padding mask. Everything else (prefill, several new
+tokens at once, another cache, an unusual mask) is dense attention by transformers' own SDPA function on the same tensors.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from louver.integrations.transformers.layer import LouverLayer, layer_of
+from louver.integrations.transformers.support import check_call
+
+NAME = "louver"
+
+
+def register() -> None:
+    """Make the name known to transformers. Without a mask function of that name, padding would be ignored silently."""
+    AttentionInterface.register(NAME, louver_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def louver_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of query [batch, num_q_heads, q_len, head_dim]; returns [batch, q_len, num_q_heads, head_dim].
+
+    Raises:
+        UnsupportedModelError: the model asks for more than plain softmax attention.
+    """
+    check_call(module, key, dropout, kwargs)
+    layer = layer_of(key)
+    if layer is not None:
+        out = _ask(layer, query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if out is not None:
+            return out[:, None], None
+    out, _ = sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return out, None
+
+
+def _ask(layer: LouverLayer, query: Tensor, mask: Tensor | None, softmax_scale: float) -> Tensor | None:
+    """The layer's output [batch, num_q_heads, head_dim] for a decode step, None where attention is to be dense."""
+    layer.answered()
+    padding = layer.shared.read_padding(mask)
+    is_decode = query.shape[2] == 1
+    if padding is None or not layer.accepts(padding):
+        if is_decode:
+            layer.shared.stats.num_dense_calls += 1
+            layer.shared.warn_once(
+                "mask",
+                "a decode step came with a mask that is not the left padding of the prompt, so it is attended densely",
+            )
+        return None
+    if is_decode:
+        return layer.attend(query[:, :, 0], padding, softmax_scale)
+    layer.attention.observe(query, padding.kv_start, softmax_scale)
+    return None

@@ -1,0 +1,188 @@
+"""One full-attention layer of a LouverCache: transformers' cache-layer interface over a LayerAttention.
+
+``update`` marks the keys it returns with the layer they came from. Models pass that tensor straight on to their attention
+function, which finds the layer by the mark; no global state, and a copied cache's keys lead to the copied layer.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from louver.errors import LouverWarning
+from louver.integrations.transformers.padding import Padding, PaddingReader
+from louver.integrations.transformers.stats import DecodeStats
+from louver.integrations.transformers.support import check_states
+from louver.protocols import AttendResult, LayerAttention
+
+Observer = Callable[[int, Tensor, AttendResult, LayerAttention, float], None]
+
+_MARK = "_louver_layer"
+# A call of update that the attention function has not followed up is normal while a model runs, and two are not.
+_UNANSWERED_UPDATES = 2
+
+
+class Shared:
+    """What the layers of one cache have in common."""
+
+    def __init__(self, observer: Observer | None, history: int) -> None:
+        self.observer = observer
+        self.stats = DecodeStats(history)
+        self.read_padding = PaddingReader()
+        self._warned: set[str] = set()
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Issue a LouverWarning unless this cache already issued one on the topic."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, LouverWarning, stacklevel=2)
+
+
+class LouverLayer(CacheLayerMixin):
+    """A cache layer whose decode steps are served by a LayerAttention.
+
+    Args:
+        layer_idx: the layer's position in the model.
+        make_attention: layer_idx -> LayerAttention, called now and after every reset.
+        shared: what the layers of the cache have in common.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, layer_idx: int, make_attention: Callable[[int], LayerAttention], shared: Shared) -> None:
+        # Not super().__init__(): it assigns keys and values, which are views of the LayerAttention's own here.
+        self.layer_idx = layer_idx
+        self.shared = shared
+        self._make_attention = make_attention
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every token and give the memory back."""
+        self.is_initialized = False
+        self.attention = self._make_attention(self.layer_idx)
+        self.padding: Padding | None = None  # as at the first call that stated it; None: not stated yet
+        self._unanswered = 0
+        self._no_tokens: Tensor | None = None
+        self.set_recording(self.shared.observer is not None)
+
+    def set_recording(self, record: bool) -> None:
+        """Ask the LayerAttention for the evidence an observer wants, if it has a switch for that."""
+        if hasattr(self.attention, "record"):
+            self.attention.record = record  # pyright: ignore[reportAttributeAccessIssue]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Learn shapes, dtype and device from the first tokens."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._no_tokens = key_states[:, :, :0]
+        self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor | None:
+        """A view of the keys held, None before the first token."""
+        return None if self._no_tokens is None else self.attention.append(self._no_tokens, self._no_tokens)[0]
+
+    @property
+    def values(self) -> Tensor | None:
+        """A view of the values held, None before the first token."""
+        return None if self._no_tokens is None else self.attention.append(self._no_tokens, self._no_tokens)[1]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in new tokens and return all keys, marked, and all values."""
+        check_states(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self._unanswered >= _UNANSWERED_UPDATES:
+            self.shared.warn_once(
+                "unreached",
+                f"layer {self.layer_idx} took {self._unanswered} forward passes and was never asked for attention, so "
+                "decoding is dense: attach(model) was not called, or the model does not use transformers' attention interface",
+            )
+        self._unanswered += 1
+        keys, values = self.attention.append(key_states, value_states)
+        setattr(keys, _MARK, self)
+        return keys, values
+
+    def answered(self) -> None:
+        """Note that the attention function found this layer."""
+        self._unanswered = 0
+
+    def accepts(self, padding: Padding | None) -> bool:
+        """Whether a call with this padding can be served: left padding, the same as in the calls before."""
+        if padding is None:
+            return False
+        if self.padding is None:
+            self.padding = padding
+        return self.padding.counts == padding.counts
+
+    def attend(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor:
+        """The output [batch, num_q_heads, head_dim] of one decode step, counted and shown to the observer."""
+        result = self.attention.attend(q, softmax_scale, padding.kv_start)
+        self.shared.stats.add(self.layer_idx, result)
+        if self.shared.observer is not None:
+            self.shared.observer(self.layer_idx, q, result, self.attention, softmax_scale)
+        return result.out
+
+    def get_seq_length(self) -> int:
+        """Tokens held, padding included."""
+        return self.attention.kv_len if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask for a call with query_length new tokens."""
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last -tokens_to_remove tokens; 0 removes none, and a positive number is an error as in transformers."""
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}; "
+                f"to keep {tokens_to_remove} tokens, call crop({tokens_to_remove} - cache.get_seq_length())"
+            )
+        if tokens_to_remove < 0 and self.is_initialized:
+            self.attention.truncate(max(0, self.attention.kv_len + tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rearrange the rows for beam search."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows indices."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row repeats times."""
+        if self._no_tokens is not None:
+            rows = torch.arange(self._no_tokens.shape[0], device=self._no_tokens.device)
+            self._select(rows.repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing: where keys live is the LayerAttention's business."""
+
+    def prefetch(self) -> None:
+        """Nothing: where keys live is the LayerAttention's business."""
+
+    def _select(self, ids: Tensor) -> None:
+        if self._no_tokens is None:
+            return
+        ids = ids.to(self._no_tokens.device)
+        self.attention.select_batch(ids)
+        self._no_tokens = self._no_tokens[ids]
+        if self.padding is not None:
+            self.padding = self.padding.select(ids)
+
+    def __repr__(self) -> str:
+        return f"LouverLayer({self.layer_idx}, {type(self.attention).__name__}, {self.get_seq_length():,} tokens)"
+
+
+def layer_of(keys: Tensor) -> LouverLayer | None:
+    """The LouverLayer that handed out keys, None if another cache did."""
+    return getattr(keys, _MARK, None)

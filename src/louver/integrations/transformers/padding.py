@@ -1,0 +1,64 @@
+"""Left padding, read from the boolean masks that transformers builds.
+
+transformers states padding as a mask [batch, 1, q_len, kv_len]; Louver's parts want one number per row, ``kv_start``. The last
+query of a call sees every valid token, so its mask row decides: it must be False up to kv_start and True from there on. Reading
+a mask costs one synchronisation with the device, and all full-attention layers of a step get the same mask object, so the
+answer is kept by identity.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Padding tokens at the left of each row: on the device as kv_start int32 [batch], and on the host as counts."""
+
+    kv_start: Tensor | None = None
+    counts: tuple[int, ...] = ()
+
+    def select(self, ids: Tensor) -> "Padding":
+        """The padding of the rows ids."""
+        if self.kv_start is None:
+            return self
+        return Padding(self.kv_start[ids.to(self.kv_start.device)], tuple(self.counts[i] for i in ids.tolist()))
+
+
+NO_PADDING = Padding()
+
+
+def read_padding(mask: Tensor | None) -> Padding | None:
+    """The left padding that mask [batch, 1, q_len, kv_len] states for its last query; None if it states anything else."""
+    if mask is None:
+        return NO_PADDING
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+        return None
+    valid = mask[:, 0, -1]
+    kv_len = valid.shape[1]
+    kv_start = kv_len - valid.sum(-1, dtype=torch.int32)
+    is_suffix = (valid == (torch.arange(kv_len, device=valid.device) >= kv_start[:, None])).all()
+    *counts, suffix = torch.cat([kv_start, is_suffix[None].to(torch.int32)]).tolist()
+    if not suffix:
+        return None
+    return Padding(kv_start, tuple(counts)) if any(counts) else NO_PADDING
+
+
+class PaddingReader:
+    """``read_padding`` that reads each mask tensor once."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+        self._padding: Padding | None = NO_PADDING
+
+    def __call__(self, mask: Tensor | None) -> Padding | None:
+        """The left padding stated by mask, None if it is no left padding."""
+        if mask is None:
+            return NO_PADDING
+        if mask is not self._mask:
+            self._mask, self._padding = mask, read_padding(mask)
+        return self._padding
+
+    def __deepcopy__(self, memo: dict) -> "PaddingReader":
+        return PaddingReader()

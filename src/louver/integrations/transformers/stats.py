@@ -1,0 +1,158 @@
+"""What the decode steps of a cache read and what they certified, as running totals.
+
+Each attended layer adds a handful of sums that stay on the device; nothing synchronises until somebody asks. Memory does not
+grow with the number of steps, unless a history is asked for.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from louver.protocols import AttendResult, StepStats
+
+_COUNTS = ("num_keys", "num_scanned", "num_exact", "num_coarse", "num_unread", "bytes_read", "bytes_dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Totals over decode steps, rows and heads. Counts are stored, ratios derived."""
+
+    num_steps: int  # attended layers x steps
+    num_keys: int
+    num_scanned: int
+    num_exact: int
+    num_coarse: int
+    num_unread: int
+    bytes_read: int
+    bytes_dense: int
+    certificate_mean: float  # relative: certificate / |out|, over rows, query heads and steps
+    certificate_worst: float
+    dropped_mass_bound_mean: float
+    dropped_mass_bound_worst: float
+
+    @property
+    def bytes_fraction(self) -> float:
+        """Bytes read over bytes dense attention reads from a 16-bit cache."""
+        return self.bytes_read / max(1, self.bytes_dense)
+
+    @property
+    def exact_fraction(self) -> float:
+        """Keys attended exactly over all valid keys."""
+        return self.num_exact / max(1, self.num_keys)
+
+    @property
+    def coarse_fraction(self) -> float:
+        """Keys attended through a sketched key and a sketched value over all valid keys."""
+        return self.num_coarse / max(1, self.num_keys)
+
+    @property
+    def unread_fraction(self) -> float:
+        """Keys attended through a sketched key and the mean value over all valid keys."""
+        return self.num_unread / max(1, self.num_keys)
+
+    @property
+    def scanned_fraction(self) -> float:
+        """Keys read in full over all valid keys."""
+        return self.num_scanned / max(1, self.num_keys)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSummary(Summary):
+    """The totals of one layer."""
+
+    layer_idx: int
+
+
+class DecodeStats:
+    """Running totals of every layer's decode steps.
+
+    Args:
+        history: keep the StepStats of this many attended layers x steps, newest last (0: none).
+    """
+
+    def __init__(self, history: int = 0) -> None:
+        self.history: deque[tuple[int, StepStats]] = deque(maxlen=history)
+        self.num_dense_calls = 0  # decode calls served by plain SDPA, because of a mask that is no left padding
+        self._totals: dict[int, _Totals] = {}
+
+    def add(self, layer_idx: int, result: AttendResult) -> None:
+        """Count one decode step of one layer."""
+        self._totals.setdefault(layer_idx, _Totals()).add(result)
+        if self.history.maxlen:
+            self.history.append((layer_idx, result.stats))
+
+    def clear(self) -> None:
+        """Forget everything counted so far."""
+        self.history.clear()
+        self._totals.clear()
+        self.num_dense_calls = 0
+
+    def summary(self) -> Summary:
+        """Totals over all layers."""
+        return Summary(**_Totals.merged(list(self._totals.values())).figures())
+
+    def per_layer(self) -> list[LayerSummary]:
+        """Totals of each layer that attended at least once, in order."""
+        return [LayerSummary(layer_idx=i, **self._totals[i].figures()) for i in sorted(self._totals)]
+
+    def __repr__(self) -> str:
+        s = self.summary()
+        if s.num_steps == 0:
+            return "DecodeStats(no decode step yet)"
+        return (
+            f"DecodeStats({s.num_steps} layer steps, {s.bytes_fraction:.1%} of dense bytes; keys {s.exact_fraction:.1%} exact, "
+            f"{s.coarse_fraction:.1%} coarse, {s.unread_fraction:.1%} unread; relative certificate "
+            f"{s.certificate_mean:.2g} mean, {s.certificate_worst:.2g} worst)"
+        )
+
+
+class _Totals:
+    """Sums and maxima of one layer, as small device tensors."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self.num_outputs = 0
+        self.counts: Tensor | None = None  # int64, in the order of _COUNTS
+        self.sums: Tensor | None = None  # float64: relative certificate, dropped mass bound
+        self.worst: Tensor | None = None
+
+    def add(self, result: AttendResult) -> None:
+        counts = torch.stack([getattr(result.stats, name).sum() for name in _COUNTS])
+        norm = result.out.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        bounds = torch.stack([result.certificate / norm, result.dropped_mass_bound]).flatten(1).double()
+        self._add(counts, bounds.sum(1), bounds.amax(1))
+        self.num_steps += 1
+        self.num_outputs += bounds.shape[1]
+
+    def _add(self, counts: Tensor, sums: Tensor, worst: Tensor) -> None:
+        if self.counts is None or self.sums is None or self.worst is None:
+            self.counts, self.sums, self.worst = counts, sums, worst
+        else:
+            self.counts, self.sums = self.counts + counts, self.sums + sums
+            self.worst = torch.maximum(self.worst, worst)
+
+    @classmethod
+    def merged(cls, parts: list["_Totals"]) -> "_Totals":
+        whole = cls()
+        for part in parts:
+            if part.counts is not None and part.sums is not None and part.worst is not None:
+                whole._add(part.counts.cpu(), part.sums.cpu(), part.worst.cpu())
+                whole.num_steps += part.num_steps
+                whole.num_outputs += part.num_outputs
+        return whole
+
+    def figures(self) -> dict:
+        if self.counts is None or self.sums is None or self.worst is None:
+            counts, mean, worst = [0] * len(_COUNTS), [0.0, 0.0], [0.0, 0.0]
+        else:
+            counts, worst = self.counts.tolist(), self.worst.tolist()
+            mean = (self.sums / self.num_outputs).tolist()
+        return dict(zip(_COUNTS, counts, strict=True)) | {
+            "num_steps": self.num_steps,
+            "certificate_mean": mean[0],
+            "certificate_worst": worst[0],
+            "dropped_mass_bound_mean": mean[1],
+            "dropped_mass_bound_worst": worst[1],
+        }
