@@ -1,5 +1,7 @@
 """Serving the decode steps of one layer."""
 
 from louver.attention.dense import DenseAttention
+from louver.attention.layer import LouverAttention
+from louver.attention.sparse import attend
 
-__all__ = ["DenseAttention"]
+__all__ = ["DenseAttention", "LouverAttention", "attend"]

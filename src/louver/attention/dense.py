@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from louver.attention.arithmetic import attention_arithmetic
 from louver.kv.device import DeviceStore
-from louver.protocols import AttendResult, StepStats
+from louver.protocols import AttendResult, KVStore, StepStats
 from louver.shapes import Keys, PerRow, Query, Values, check_query, group_heads
+from louver.sketch.accounting import dense_bytes
 
 # Wider heads make torch leave its fused kernels when enable_gqa is set.
 _MAX_FUSED_HEAD_DIM = 256
@@ -49,22 +51,12 @@ class DenseAttention:
 
         kv_start int32 [batch] counts the padding tokens at the left of each row; None means none.
         """
-        keys, values = self.store.keys, self.store.values
-        check_query(q, keys)
-        assert values is not None
+        check_query(q, self.store.keys)
         if kv_start is not None:
             self.store.kv_start = kv_start
-        valid = None if kv_start is None else valid_tokens(kv_start, keys.shape[2])
-        return AttendResult(
-            out=_attend(q, keys, values, valid, softmax_scale),
-            lse=_log_sum_exp(q, keys, valid, softmax_scale),
-            stats=dense_stats(keys, kv_start),
-            certificate=q.new_zeros(q.shape[:2], dtype=torch.float32),
-            arithmetic_bound=q.new_full(q.shape[:2], torch.inf, dtype=torch.float32),
-            dropped_mass_bound=q.new_zeros(q.shape[:2], dtype=torch.float32),
-            tau=q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
-            exact_mask=_exact_mask(q, keys, valid) if self.record else None,
-        )
+        values = self.store.values
+        assert values is not None
+        return attend_everything(q, self.store, values, softmax_scale, self.record)
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on."""
@@ -79,19 +71,38 @@ class DenseAttention:
         return {"keys_values": self.store.memory_bytes(), "index": 0}
 
 
-def valid_tokens(kv_start: PerRow, kv_len: int) -> Tensor:
-    """Bool [batch, kv_len]: True from kv_start on."""
-    return torch.arange(kv_len, device=kv_start.device) >= kv_start[:, None]
+def attend_everything(
+    q: Query, store: KVStore, values: Values, softmax_scale: float, record: bool = False
+) -> AttendResult:
+    """Dense attention of q [batch, num_q_heads, head_dim] over every valid token of a store."""
+    keys = store.keys
+    kv_len = keys.shape[2]
+    padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
+    valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
+    num_keys = (store.kv_len - store.kv_start)[:, None].expand(q.shape[:2])
+    return AttendResult(
+        out=_attend(q, keys, values, valid, softmax_scale),
+        lse=_log_sum_exp(q, keys, valid, softmax_scale),
+        stats=dense_stats(keys, store.kv_len - store.kv_start),
+        certificate=q.new_zeros(q.shape[:2], dtype=torch.float32),
+        arithmetic_bound=attention_arithmetic(q, keys, values, softmax_scale, num_keys),
+        dropped_mass_bound=q.new_zeros(q.shape[:2], dtype=torch.float32),
+        tau=q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
+        exact_mask=_exact_mask(q, keys, valid) if record else None,
+    )
 
 
-def dense_stats(keys: Keys, kv_start: PerRow | None) -> StepStats:
+def valid_tokens(kv_start: PerRow, kv_len: PerRow, longest: int) -> Tensor:
+    """Bool [batch, longest]: True from kv_start up to kv_len."""
+    position = torch.arange(longest, device=kv_start.device)
+    return (position >= kv_start[:, None]) & (position < kv_len[:, None])
+
+
+def dense_stats(keys: Keys, length: PerRow) -> StepStats:
     """What a dense step reads: every valid key and value, counted at 16 bits each, per row and KV head."""
-    batch, num_kv_heads, kv_len, head_dim = keys.shape
-    num_keys = torch.full((batch, num_kv_heads), kv_len, dtype=torch.int64, device=keys.device)
-    if kv_start is not None:
-        num_keys -= kv_start[:, None]
+    num_keys = length[:, None].long().repeat(1, keys.shape[1])
     none = torch.zeros_like(num_keys)
-    num_bytes = num_keys * (2 * head_dim * 2)
+    num_bytes = dense_bytes(num_keys, keys.shape[3])
     return StepStats(
         num_keys=num_keys,
         num_scanned=num_keys,

@@ -1,0 +1,107 @@
+"""One decode step: bounds -> policy -> cuts -> a kernel, and the evidence that comes with the result."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from louver.attention.dense import attend_everything
+from louver.attention.retrieval import attend_retrieval
+from louver.errors import PolicyError, ShapeError
+from louver.index.results import step_stats
+from louver.index.sketch import SketchIndex
+from louver.kernels import get_ops
+from louver.policies.base import Dense
+from louver.policies.spec import parse
+from louver.protocols import AttendResult, Cuts, KeyIndex, Policy
+from louver.shapes import Query, Values, check_keys_values, check_query
+
+
+def attend(
+    q: Query,
+    index: KeyIndex,
+    values: Values | None = None,
+    policy: str | Policy = "exact:0.01",
+    *,
+    softmax_scale: float | None = None,
+    keep_best: bool = False,
+    record: bool = False,
+) -> AttendResult:
+    """Attention of one query token per row over an index, spending precision where its bounds demand it.
+
+    Args:
+        q: [batch, num_q_heads, head_dim], float32, float16 or bfloat16.
+        index: over keys [batch, num_kv_heads, kv_len, head_dim].
+        values: [batch, num_kv_heads, kv_len, head_dim]; default: the index's own.
+        policy: a specification such as ``"exact:0.01"`` or ``"topk:64+sinks:4"``, or a policy.
+        softmax_scale: logit per score; default head_dim ** -0.5.
+        keep_best: never let a retrieval policy select nothing (a model's cache asks for this).
+        record: fill ``exact_mask``.
+
+    Raises:
+        ShapeError, NonFiniteError: the query does not fit the index, or is not finite.
+        PolicyError: the policy needs sketched values and the index has none.
+    """
+    policy = parse(policy)
+    index.refresh()
+    keys = index.store.keys
+    check_query(q, keys)
+    own_values = values is None or index.store.values is None
+    values = index.store.values if values is None else values
+    if values is None:
+        raise ShapeError("attention needs values: give them to build() or to attend()")
+    check_keys_values(keys, values)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
+    if not scale > 0:
+        raise ShapeError(f"softmax_scale={scale}; wanted a number above 0")
+    if isinstance(policy, Dense):
+        return attend_everything(q, index.store, values, scale, record)
+    if isinstance(index, SketchIndex):
+        return _attend_sketch(q, index, values, own_values, policy, scale, keep_best, record)
+    return attend_retrieval(q, index, values, policy, scale, keep_best, record)
+
+
+def _attend_sketch(
+    q: Query,
+    index: SketchIndex,
+    values: Values,
+    own_values: bool,
+    policy: Policy,
+    scale: float,
+    keep_best: bool,
+    record: bool,
+) -> AttendResult:
+    sketch = index.sketch
+    assert sketch is not None, "attend() refreshes the index first"
+    if not own_values:
+        # The sketch knows the index's own values; of others it knows nothing.
+        sketch = replace(sketch, value_codes=None, value_spread=torch.full_like(sketch.value_spread, torch.inf))
+    if not policy.drops and sketch.value_codes is None:
+        raise PolicyError(
+            f"policy {policy.spec!r} drops nothing, so it needs sketched values; "
+            "build the index with the values it is to attend, or use a retrieval policy such as 'budget:0.05'"
+        )
+    bounds = index.bounds(q, scale, policy.sinks, policy.recent)
+    cuts = policy.cuts(bounds.summary)
+    if keep_best:
+        cuts = keep_the_best(cuts, bounds.summary.best_lower)
+    store = index.store
+    step = get_ops(index.backend).attend_tiers(
+        q, store.keys, values, sketch, bounds, cuts, store.kv_start, store.kv_len, scale, policy.drops, record
+    )
+    return AttendResult(
+        out=step.out,
+        lse=step.lse,
+        stats=step_stats(step.counts, sketch, policy.drops),
+        certificate=step.certificate,
+        arithmetic_bound=step.arithmetic_bound,
+        dropped_mass_bound=step.dropped_mass_bound,
+        tau=step.tau,
+        exact_mask=step.exact_mask,
+    )
+
+
+def keep_the_best(cuts: Cuts, best_lower: Tensor) -> Cuts:
+    """Lower the cuts so that the key with the best score is exact: its upper bound is at least every lower bound."""
+    lowered = {name: torch.minimum(getattr(cuts, name), best_lower) for name in ("unread", "fine", "exact")}
+    return replace(cuts, **lowered)

@@ -1,0 +1,63 @@
+"""Rounding: every slack Louver adds so that a bound computed in floating point is still a bound. Nothing else rounds.
+
+Standard model (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a float32 operation returns the exact result
+times (1 + e), |e| <= u = 2^-24, and a sum or dot product of n terms in any order has relative error at most
+gamma(n) = n u / (1 - n u) against the sum of absolute values. Underflow adds at most 2^-126 per operation, which ABSOLUTE
+covers for every head_dim up to 2^20 and every factor up to 2^6 below the float16 range. The proofs are in docs/guarantee.md.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+UNIT = 2.0**-24  # unit roundoff of float32
+ABSOLUTE = 2.0**-96  # covers underflow in any of the sums below
+SAFETY = 1.001  # covers the rounding of the slack's own computation, itself a sum of a few hundred positive terms
+
+UNIT_OF = {torch.float32: UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def gamma(n: int | Tensor, unit: float = UNIT):
+    """Relative error of a sum of n terms, or of a chain of n operations (Higham 3.1)."""
+    return n * unit / (1 - n * unit)
+
+
+def score_slack(absolute_score: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
+    """Largest error of a float32 dot product over head_dim terms, given the dot product of the absolute values.
+
+    Source: Higham, (3.5). Shape and unit (score) are those of the input.
+    """
+    return SAFETY * gamma(head_dim + 1) * absolute_score + ABSOLUTE
+
+
+def estimate_slack(frame_reach: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
+    """Largest error of an estimated score q . (center + (code - 8) scale) in float32.
+
+    frame_reach is sum_d |q_d| (|center_d| + 8 scale_d), the largest sum of absolute terms any code can give. Two roundings
+    build each term's factor, head_dim more the dot product.
+    """
+    return SAFETY * gamma(head_dim + 4) * frame_reach + ABSOLUTE
+
+
+def radius_inflation(head_dim: int) -> float:
+    """Factor that makes query norm x radius, computed in float32, at least the real product (docs/guarantee.md, 4)."""
+    return 1 + SAFETY * gamma(head_dim + 16)
+
+
+def logit_slack(magnitude: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Error in nats of fl(exp(scale * score - shift)), given |scale * score| + |shift| (nats).
+
+    Three roundings of the argument, and an exponential good to 2^-21 (four float32 ulps; torch and SLEEF promise one).
+    """
+    return 4 * UNIT * magnitude + 2.0**-21
+
+
+def sum_inflation(num_terms: int) -> float:
+    """Factor that makes a computed sum of non-negative float32 terms at least its real value."""
+    return 1 + SAFETY * gamma(num_terms + 8)
+
+
+def round_up_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The smallest float32 not below x (float64)."""
+    y = x.to(torch.float32)
+    return torch.where(y.double() < x, torch.nextafter(y, torch.full_like(y, torch.inf)), y)

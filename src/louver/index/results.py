@@ -1,0 +1,76 @@
+"""What a search returns: a ragged selection with its evidence."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from louver.kernels.ops import StepCounts
+from louver.protocols import StepStats
+from louver.sketch.accounting import dense_bytes, step_bytes
+from louver.sketch.layout import Sketch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Keys per query head, in compressed sparse rows: row i = batch * num_q_heads + head holds indices[indptr[i]:indptr[i+1]].
+
+    Indices are ascending token positions (int64), scores their exact scores (float32).
+    """
+
+    indptr: Int[Tensor, " rows_plus_1"]
+    indices: Int[Tensor, " selected"]
+    scores: Float[Tensor, " selected"]
+    num_scanned: Int[Tensor, "batch num_kv_heads"]  # keys read in full because no bound ruled them out
+    num_keys: Int[Tensor, " batch"]  # valid keys per row
+    num_q_heads: int
+
+    def row(self, batch: int, head: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+        """Token positions and scores selected for one query head."""
+        i = batch * self.num_q_heads + head
+        span = slice(int(self.indptr[i]), int(self.indptr[i + 1]))
+        return self.indices[span], self.scores[span]
+
+    def mask(self, kv_len: int) -> Bool[Tensor, "batch num_q_heads kv_len"]:
+        """The selection as a dense mask over token positions."""
+        rows = self.indptr.numel() - 1
+        out = torch.zeros(rows, kv_len, dtype=torch.bool, device=self.indices.device)
+        row = torch.arange(rows, device=out.device).repeat_interleave(self.indptr.diff())
+        out[row, self.indices] = True
+        return out.unflatten(0, (-1, self.num_q_heads))
+
+    @property
+    def selected_fraction(self) -> float:
+        """Keys selected over valid keys, averaged over query heads."""
+        return self.indices.numel() / max(1, int(self.num_keys.sum()) * self.num_q_heads)
+
+    @property
+    def scanned_fraction(self) -> float:
+        """Keys read in full over valid keys, averaged over KV heads."""
+        return int(self.num_scanned.sum()) / max(1, int(self.num_keys.sum()) * self.num_scanned.shape[1])
+
+
+def step_stats(counts: StepCounts, sketch: Sketch, drop: bool) -> StepStats:
+    """The public statistics of a step a sketch served, from the kernel's counts."""
+    unread = counts.num_keys - counts.num_open - counts.num_exact - counts.num_coarse
+    return StepStats(
+        num_keys=counts.num_keys,
+        num_scanned=counts.num_scanned,
+        num_exact=counts.num_exact + counts.num_open,
+        num_coarse=counts.num_coarse,
+        num_unread=torch.zeros_like(unread) if drop else unread,
+        bytes_read=step_bytes(
+            num_blocks=counts.num_blocks,
+            num_open=counts.num_open,
+            num_scanned=counts.num_scanned,
+            num_exact=counts.num_exact,
+            num_coarse=counts.num_coarse,
+            num_value_blocks=counts.num_value_blocks,
+            head_dim=sketch.head_dim,
+            num_dims=sketch.dims,
+            num_slices=sketch.num_slices,
+            frame_len=sketch.config.frame_len,
+        ),
+        bytes_dense=dense_bytes(counts.num_keys, sketch.head_dim),
+    )

@@ -1,0 +1,184 @@
+"""SketchIndex: every key as a 4-bit code and a radius, so that its score is known to within a bound without reading it.
+
+Guarantee: exact. A search returns every key whose real score against the stored key reaches tau. Cost: a search streams about
+an eighth of the keys' 16-bit bytes and reads in full only the keys the bound can't rule out; appending encodes a block once.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from louver.errors import ShapeError
+from louver.geometry.metric import query_weight
+from louver.index.results import Selection
+from louver.kernels import get_ops, resolve_backend
+from louver.kernels.ops import Bounds
+from louver.kv.device import DeviceStore
+from louver.protocols import BoundSummary, Guarantee, KVStore
+from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau
+from louver.sketch.layout import Sketch, SketchConfig, empty_sketch
+
+
+class SketchIndex:
+    """A sketch of a store's keys (and values), grown by whole blocks and never rebuilt."""
+
+    guarantee: ClassVar[Guarantee] = "exact"
+
+    def __init__(self, store: KVStore, *, config: SketchConfig | None = None, backend: str = "auto") -> None:
+        """Index a store. The sketch starts empty; ``refresh`` takes in what the store holds."""
+        self.store = store
+        self.config = config or SketchConfig()
+        self._asked_backend = backend
+        self.backend = resolve_backend(backend)
+        self.sketch: Sketch | None = None
+        self._weight: Tensor | None = None
+        self._encoded_start: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls,
+        keys: Keys,
+        values: Values | None = None,
+        metric_queries: Tensor | None = None,
+        *,
+        kv_start: PerRow | None = None,
+        kv_len: PerRow | None = None,
+        config: SketchConfig | None = None,
+        backend: str = "auto",
+    ) -> "SketchIndex":
+        """Sketch keys [batch, num_kv_heads, kv_len, head_dim] and, where given, values of the same shape.
+
+        The tensors are kept, not copied. metric_queries [batch, num_q_heads, q_len, head_dim] are queries like those to come:
+        they make bounds tighter and never change a result. Row i holds the tokens kv_start[i] .. kv_len[i] (default: all).
+
+        Raises:
+            ShapeError: shapes, dtypes or devices do not fit together.
+
+        Example:
+            >>> keys = torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(0))
+            >>> index = SketchIndex.build(keys)
+            >>> q = keys[:, [0, 0, 1, 1], 7]
+            >>> int(index.search(q, torch.full((1, 4), 50.0)).row(0, 0)[0][0])
+            7
+        """
+        index = cls(DeviceStore.wrap(keys, values, kv_start, kv_len), config=config, backend=backend)
+        if metric_queries is not None:
+            index.fix_metric(metric_queries)
+        index.refresh()
+        return index
+
+    def fix_metric(self, queries: Tensor, valid: Tensor | None = None) -> None:
+        """Take the metric from queries [batch, num_q_heads, q_len, head_dim]; valid bool [batch, q_len] marks real tokens.
+
+        Only before the first block is encoded; afterwards the metric stays, and a call changes nothing.
+        """
+        if self.sketch is not None and self._weight is not None:
+            return
+        keys = self.store.keys
+        if queries.dim() != 4 or queries.shape[1] % keys.shape[1] or queries.shape[3] != keys.shape[3]:
+            raise ShapeError(
+                f"metric_queries have shape {tuple(queries.shape)}; wanted [batch, num_q_heads, q_len, head_dim] with "
+                f"num_q_heads a multiple of {keys.shape[1]} and head_dim={keys.shape[3]}"
+            )
+        if self.sketch is None or not self.sketch.num_blocks.any():
+            self._weight, self.sketch = query_weight(queries, keys.shape[1], valid), None
+
+    def refresh(self) -> None:
+        """Encode the blocks that filled since the last call; the rest of each row stays exact."""
+        keys, values = self.store.keys, self.store.values
+        sketch = self._ready_sketch(keys, values)
+        start, end = self.store.kv_start, self.store.kv_len
+        if self._encoded_start is None or not torch.equal(self._encoded_start, start):
+            sketch.num_blocks.zero_()  # blocks count from a row's first valid token
+            self._encoded_start = start.clone()
+        full = int(((end - start) // self.config.frame_len).max())
+        if full and bool(((end - start) // self.config.frame_len > sketch.num_blocks).any()):
+            if values is not None and not sketch.num_blocks.any():
+                self._fix_value_mean(sketch, values, start, end)
+            sketch.reserve(full)
+            get_ops(self.backend).encode_block(keys, values, sketch, start, end)
+
+    def _ready_sketch(self, keys: Tensor, values: Tensor | None) -> Sketch:
+        if self.sketch is None:
+            self.backend = resolve_backend(self._asked_backend, keys.device)
+            config = self.config
+            if values is None and config.values:
+                config = SketchConfig(
+                    frame_len=config.frame_len,
+                    slice_dims=config.slice_dims,
+                    metric=config.metric,
+                    clip=config.clip,
+                    values=False,
+                )
+            self.sketch = empty_sketch(config, keys.shape[0], keys.shape[1], keys.shape[3], keys.device)
+            if self._weight is not None:
+                self.sketch.query_weight[..., : keys.shape[3]] = self._weight
+        return self.sketch
+
+    @staticmethod
+    def _fix_value_mean(sketch: Sketch, values: Tensor, start: Tensor, end: Tensor) -> None:
+        position = torch.arange(values.shape[2], device=values.device)
+        valid = ((position >= start[:, None]) & (position < end[:, None]))[:, None, :, None]
+        clean = torch.nan_to_num(values.float(), nan=0.0, posinf=0.0, neginf=0.0)
+        mean = torch.where(valid, clean, 0.0).sum(2) / (end - start).clamp_min(1)[:, None, None]
+        sketch.value_mean[..., : values.shape[3]] = mean.clamp(-1e30, 1e30)
+
+    def search(self, q: Query, tau: PerQueryHead) -> Selection:
+        """Every key whose real score reaches tau [batch, num_q_heads]; extras only within the rounding slack.
+
+        Raises:
+            ShapeError: q is not [batch, num_q_heads, head_dim] for these keys, or tau does not match q.
+            NonFiniteError: q is not finite, or tau is NaN.
+        """
+        keys, sketch = self.store.keys, self._current()
+        check_query(q, keys)
+        check_tau(tau, q)
+        (indptr, indices, scores), scanned = get_ops(self.backend).search(
+            q, tau.float(), keys, sketch, self.store.kv_start, self.store.kv_len
+        )
+        return Selection(
+            indptr=indptr,
+            indices=indices,
+            scores=scores,
+            num_scanned=scanned
+            + (self.store.kv_len - self.store.kv_start - sketch.num_blocks * sketch.config.frame_len)[:, None],
+            num_keys=self.store.kv_len - self.store.kv_start,
+            num_q_heads=q.shape[1],
+        )
+
+    def bounds(self, q: Query, softmax_scale: float, sinks: int = 0, recent: int = 0) -> Bounds:
+        """Bounds of every sketched key, with their summary."""
+        check_query(q, self.store.keys)
+        return get_ops(self.backend).bounds(
+            q, self.store.keys, self._current(), self.store.kv_start, self.store.kv_len, softmax_scale, sinks, recent
+        )
+
+    def summarize(self, q: Query, softmax_scale: float, sinks: int = 0, recent: int = 0) -> BoundSummary:
+        """The bounds of this query, for a policy."""
+        return self.bounds(q, softmax_scale, sinks, recent).summary
+
+    def _current(self) -> Sketch:
+        assert self.sketch is not None, "refresh() before the first search"
+        return self.sketch
+
+    def truncate(self, kv_len: int) -> None:
+        """Forget every token from position kv_len on; blocks that lose a token open again."""
+        self.store.truncate(kv_len)
+        if self.sketch is not None:
+            full = ((self.store.kv_len - self.store.kv_start) // self.config.frame_len).clamp_min(0)
+            self.sketch.num_blocks = torch.minimum(self.sketch.num_blocks, full.to(torch.int32))
+
+    def select_batch(self, ids: Tensor) -> None:
+        """Row i becomes a copy of row ids[i]."""
+        self.store.select_batch(ids)
+        if self.sketch is not None:
+            self.sketch = self.sketch.select_batch(ids)
+        if self._weight is not None:
+            self._weight = self._weight[ids]
+        if self._encoded_start is not None:
+            self._encoded_start = self._encoded_start[ids]
+
+    def memory_bytes(self) -> int:
+        """Bytes the index adds to the cache, room to grow included."""
+        return 0 if self.sketch is None else self.sketch.memory_bytes()

@@ -1,0 +1,38 @@
+"""Dispatch: a backend is a module of ops with the same names and signatures, chosen once and out loud.
+
+``"auto"`` resolves to the fastest backend that serves the device; a backend named but missing is an error, never a fallback.
+"""
+
+import importlib
+from types import ModuleType
+
+import torch
+
+from louver.errors import BackendError
+
+OPS = ("encode_block", "bounds", "search", "score", "attend_selection", "attend_tiers", "attend_dense", "merge")
+_MODULES = {"reference": "louver.kernels.reference"}
+
+
+def available_backends(device: torch.device | str = "cpu") -> list[str]:
+    """Names of the backends that work on this machine for tensors on device, the fastest first."""
+    return ["reference"]
+
+
+def resolve_backend(name: str, device: torch.device | str = "cpu") -> str:
+    """The backend a name stands for on a device; "auto" is the fastest available.
+
+    Raises:
+        BackendError: the name is unknown, or the backend is not available here.
+    """
+    available = available_backends(device)
+    if name == "auto":
+        return available[0]
+    if name not in available:
+        raise BackendError(f"backend={name!r} is not available for {device}; available here: {', '.join(available)}")
+    return name
+
+
+def get_ops(name: str) -> ModuleType:
+    """The module that holds a resolved backend's ops."""
+    return importlib.import_module(_MODULES[name])

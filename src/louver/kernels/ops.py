@@ -1,0 +1,59 @@
+"""What the ops of every backend hand to one another."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from louver.protocols import BoundSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """Bounds of the sketched keys of every row, in row coordinates (index i is token kv_start + i), float32, score units.
+
+    ``summary`` is for the policy; the rest is what the backend's own attend_tiers needs next, and may be held elsewhere or
+    in another form by a backend that never materialises it.
+    """
+
+    estimate: Float[Tensor, "batch num_q_heads sketched"]
+    half_width: Float[Tensor, "batch num_q_heads sketched"]
+    undecided: Bool[Tensor, "batch num_kv_heads sketched"]  # False: past the row's end, or exact in any case
+    summary: BoundSummary
+
+    @property
+    def upper(self) -> Float[Tensor, "batch num_q_heads sketched"]:
+        """No real score exceeds this."""
+        return self.estimate + self.half_width
+
+    @property
+    def lower(self) -> Float[Tensor, "batch num_q_heads sketched"]:
+        """No real score is below this."""
+        return self.estimate - self.half_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCounts:
+    """Keys a step touched, per row and KV head; keys of closed blocks except where said otherwise."""
+
+    num_keys: Int[Tensor, "batch num_kv_heads"]  # all valid keys
+    num_blocks: Int[Tensor, "batch num_kv_heads"]
+    num_open: Int[Tensor, "batch num_kv_heads"]  # keys of the open block
+    num_scanned: Int[Tensor, "batch num_kv_heads"]
+    num_exact: Int[Tensor, "batch num_kv_heads"]
+    num_coarse: Int[Tensor, "batch num_kv_heads"]
+    num_value_blocks: Int[Tensor, "batch num_kv_heads"]  # blocks whose value frame was read
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierOutput:
+    """A decode step's output and evidence; see louver.protocols.AttendResult for the meaning of each."""
+
+    out: Float[Tensor, "batch num_q_heads head_dim"]
+    lse: Float[Tensor, "batch num_q_heads"]
+    certificate: Float[Tensor, "batch num_q_heads"]
+    arithmetic_bound: Float[Tensor, "batch num_q_heads"]
+    dropped_mass_bound: Float[Tensor, "batch num_q_heads"]
+    tau: Float[Tensor, "batch num_q_heads"]
+    counts: StepCounts
+    exact_mask: Bool[Tensor, "batch num_q_heads kv_len"] | None = None

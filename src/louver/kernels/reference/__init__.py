@@ -1,0 +1,18 @@
+"""The reference backend: every op in plain torch, on any device. It is the specification the fast backends are tested against."""
+
+from louver.kernels.reference.attend import attend_dense, attend_selection, attend_tiers
+from louver.kernels.reference.bounds import bounds
+from louver.kernels.reference.encode import encode_block
+from louver.kernels.reference.merge import merge
+from louver.kernels.reference.search import score, search
+
+__all__ = [
+    "attend_dense",
+    "attend_selection",
+    "attend_tiers",
+    "bounds",
+    "encode_block",
+    "merge",
+    "score",
+    "search",
+]

@@ -1,0 +1,189 @@
+"""attend_dense, attend_selection and attend_tiers: softmax attention over everything, over a selection, and in tiers."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from louver.geometry.rounding import score_slack
+from louver.kernels.ops import Bounds, StepCounts, TierOutput
+from louver.kernels.reference.certificate import Tiers, certify, dropped_mass
+from louver.kernels.reference.paging import contiguous
+from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
+from louver.kernels.reference.search import csr_rows, score
+from louver.protocols import Cuts
+from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
+from louver.sketch.encode import decode_frames
+from louver.sketch.layout import Sketch, unpack_nibbles
+
+
+def attend_dense(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    kv_start: PerRow,
+    kv_len: PerRow,
+    softmax_scale: float,
+    block_table: Int[Tensor, "batch pages"] | None = None,
+) -> tuple[Query, PerQueryHead]:
+    """softmax(softmax_scale q K^T) V over the valid tokens of each row, accumulated in float32; out in q's dtype, and lse."""
+    length, longest = row_lengths(kv_start, kv_len)
+    k, v = (to_rows(contiguous(x, block_table), kv_start, length, longest) for x in (keys, values))
+    scores, _ = exact_scores(q, k)
+    logits = torch.where(valid_rows(length, longest), scores * softmax_scale, -torch.inf)
+    lse = torch.logsumexp(logits, -1) if longest else logits.new_full(logits.shape[:2], -torch.inf)
+    weights = torch.exp(logits - torch.where(torch.isneginf(lse), 0.0, lse)[..., None])
+    out = (weights.unflatten(1, (k.shape[1], -1)) @ v.float()).flatten(1, 2)
+    return out.to(q.dtype), lse
+
+
+def attend_selection(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    indptr: Int[Tensor, " rows_plus_1"],
+    indices: Int[Tensor, " selected"],
+    softmax_scale: float,
+) -> tuple[Query, PerQueryHead]:
+    """Exact attention over the keys a CSR selection names, one row per (batch, query head); an empty row gives 0 and -inf."""
+    rows = csr_rows(indptr, indices.numel())
+    logits = score(q, keys, indptr, indices) * softmax_scale
+    num_rows = indptr.numel() - 1
+    peak = logits.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows, logits, "amax")
+    weights = torch.exp(logits - peak[rows])
+    total = logits.new_zeros(num_rows).index_add(0, rows, weights)
+    batch, head = rows // q.shape[1], rows % q.shape[1]
+    picked = values[batch, head // (q.shape[1] // keys.shape[1]), indices].float()
+    summed = picked.new_zeros(num_rows, values.shape[3]).index_add(0, rows, weights[:, None] * picked)
+    out = summed / torch.where(total > 0, total, 1.0)[:, None]
+    lse = torch.where(total > 0, peak + total.log(), -torch.inf)
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(q.shape[:2])
+
+
+def attend_tiers(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    sketch: Sketch,
+    bounds: Bounds,
+    cuts: Cuts,
+    kv_start: PerRow,
+    kv_len: PerRow,
+    softmax_scale: float,
+    drop: bool,
+    record: bool = False,
+    block_table: Int[Tensor, "batch pages"] | None = None,
+) -> TierOutput:
+    """One decode step: every key in the tier its upper bound puts it in, with the certificate (docs/guarantee.md, 7-9).
+
+    drop: keys below cuts.exact are left out (retrieval) instead of keeping their estimated weight. record: fill exact_mask.
+    Decided keys are always exact. What one head of a GQA group reads serves the whole group, but in retrieval each head
+    keeps its own selection.
+    """
+    length, longest = row_lengths(kv_start, kv_len)
+    k, v = (to_rows(contiguous(x, block_table), kv_start, length, longest).float() for x in (keys, values))
+    group_size = q.shape[1] // k.shape[1]
+    scores, absolute = exact_scores(q, k)
+    slack = score_slack(absolute, q.shape[2])
+
+    def widen(x: Tensor, fill: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, longest - x.shape[-1]), value=fill)
+
+    undecided = widen(bounds.undecided, False)  # batch kv_heads longest
+    decided = valid_rows(length, longest) & ~undecided
+    per_head = undecided.repeat_interleave(group_size, 1)
+    upper = widen(bounds.upper, -torch.inf)
+
+    def reaches(cut: Tensor) -> Tensor:
+        return per_head & ~(upper < cut[..., None])
+
+    def share(mask: Tensor) -> Tensor:
+        return mask.unflatten(1, (-1, group_size)).any(2)
+
+    above = reaches(cuts.exact)
+    always = decided.repeat_interleave(group_size, 1)
+    tau = cuts.exact
+    if drop:
+        kept, tau = _keep_ranked(always, above, scores, slack, cuts)
+        exact, coarse = kept, torch.zeros_like(kept)
+    else:
+        exact = (share(above) | decided).repeat_interleave(group_size, 1)
+        coarse = (share(reaches(cuts.unread)).repeat_interleave(group_size, 1)) & ~exact
+    present = exact if drop else valid_rows(length, longest).expand_as(exact)
+    tiers = Tiers(
+        exact=exact,
+        coarse=coarse,
+        present=present,
+        score=torch.where(exact, scores, widen(bounds.estimate, 0.0)),
+        half_width=torch.where(exact, slack, widen(bounds.half_width, 0.0)),
+        values=_mix_values(share(exact), share(coarse), v, sketch, group_size),
+        sketch=sketch,
+        exact_norm=v.norm(dim=-1),
+        softmax_scale=softmax_scale,
+    )
+    out, lse, certificate, arithmetic = certify(tiers, q.dtype)
+    dropped = torch.zeros_like(lse)
+    if drop:
+        ceiling = torch.where(above, torch.minimum(upper, scores + slack), upper)
+        left_out = valid_rows(length, longest) & ~kept
+        dropped, certificate = dropped_mass(tiers, left_out, ceiling, out)
+
+    closed = (torch.arange(longest, device=q.device) < (sketch.num_blocks * sketch.config.frame_len)[:, None])[:, None]
+    blocks = (
+        share(coarse).unfold(-1, sketch.config.frame_len, sketch.config.frame_len)
+        if longest
+        else share(coarse)[..., None]
+    )
+    heads = torch.ones_like(bounds.undecided[:, :, :1].sum(-1))
+    counts = StepCounts(
+        num_keys=length[:, None] * heads,
+        num_blocks=sketch.num_blocks[:, None] * heads,
+        num_open=(length - sketch.num_blocks * sketch.config.frame_len)[:, None] * heads,
+        num_scanned=((share(above) | decided) & closed).sum(-1),
+        num_exact=(share(exact) & closed).sum(-1),
+        num_coarse=share(coarse).sum(-1),
+        num_value_blocks=blocks.any(-1).sum(-1),
+    )
+    mask = to_tokens(exact, kv_start, keys.shape[2]) if record and block_table is None else None
+    return TierOutput(
+        out=out.to(q.dtype),
+        lse=lse,
+        certificate=certificate,
+        arithmetic_bound=arithmetic,
+        dropped_mass_bound=dropped,
+        tau=tau,
+        counts=counts,
+        exact_mask=mask,
+    )
+
+
+def _keep_ranked(
+    always: Tensor, above: Tensor, scores: Tensor, slack: Tensor, cuts: Cuts
+) -> tuple[Tensor, PerQueryHead]:
+    """Retrieval's final selection, decided keys and scanned keys whose exact score reaches tau; and that tau.
+
+    With a rank, tau is the rank-th largest score less its slack: no real score of the true top can be below it.
+    """
+    tau = cuts.exact
+    if cuts.rank is not None and scores.shape[-1]:
+        certain = torch.where(always | above, scores - slack, -torch.inf)
+        ordered = torch.nan_to_num(certain, nan=-torch.inf).sort(-1, descending=True).values
+        last = (cuts.rank.long() - 1).clamp(0, ordered.shape[-1] - 1)[..., None]
+        nth = torch.where(cuts.rank.long() <= ordered.shape[-1], ordered.gather(-1, last)[..., 0], -torch.inf)
+        tau = torch.maximum(tau, nth)
+    return always | (above & ~(scores + slack < tau[..., None])), tau
+
+
+def _mix_values(exact: Tensor, coarse: Tensor, v: Tensor, sketch: Sketch, group_size: int) -> Float[Tensor, "b h n d"]:
+    """What each key's weight is multiplied with: its value, its sketched value, or the head's mean value."""
+    mixed = sketch.value_mean[:, :, None, : v.shape[3]].expand_as(v)
+    if sketch.value_codes is not None and v.shape[2]:
+        num_blocks = int(sketch.num_blocks.max())
+        span = num_blocks * sketch.config.frame_len
+        decoded = decode_frames(
+            unpack_nibbles(sketch.value_codes[:, :, :num_blocks]),
+            sketch.value_center[:, :, :num_blocks],
+            sketch.value_scale[:, :, :num_blocks],
+        ).flatten(2, 3)[..., : v.shape[3]]
+        head = torch.where(coarse[:, :, :span, None], decoded, mixed[:, :, :span])
+        mixed = torch.cat([head, mixed[:, :, span:]], 2)
+    return torch.where(exact[..., None], v, mixed)

@@ -1,0 +1,55 @@
+"""exact:F: drop nothing, and be exact where the bounds say it may matter.
+
+Per query head the share F of the keys with the highest upper bounds is attended exactly. All other keys keep the weight
+their sketch gives them and a sketched value; where the bounds prove that a set of keys shares less than ``unread_mass`` of the
+total, not even that is read and they keep the head's mean value. What the step promises: no key whose true score reaches
+the reported tau is inexact (tau = the threshold on the upper bound), and the certificate.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from louver.errors import PolicyError
+from louver.policies.base import BasePolicy, check_fraction, edge_above_which, share_of_keys
+from louver.protocols import BoundSummary, Cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExactFraction(BasePolicy):
+    """Exact for the keys with the highest upper bounds, sketched for the rest."""
+
+    name: ClassVar[str] = "exact"
+    drops: ClassVar[bool] = False
+    fraction: float  # of the row's valid keys, exact per query head; changes results
+    unread_mass: float = 0.1  # share of the mass whose values may go unread; changes results
+
+    def check(self) -> None:
+        """Shares."""
+        check_fraction(self.name, self.fraction)
+        if not 0 <= self.unread_mass < 1:
+            raise PolicyError(
+                f"unread_mass={self.unread_mass} is not a share of the mass; wanted at least 0 and below 1"
+            )
+
+    def argument(self) -> str:
+        """The share of exact keys."""
+        return f"{self.fraction:g}"
+
+    @property
+    def spec(self) -> str:
+        """The canonical specification; ``unread`` is named where it is not the default."""
+        head, *rest = super().spec.split("+")
+        if self.unread_mass != type(self).unread_mass:
+            head += f"+unread:{self.unread_mass:g}"
+        return "+".join([head, *rest])
+
+    def cuts(self, summary: BoundSummary) -> Cuts:
+        """The edge above which ceil(F n) upper bounds lie, and the highest edge with little enough mass below it."""
+        exact = edge_above_which(summary.upper_count, share_of_keys(self.fraction, summary), summary.edges)
+        mass_floor = summary.decided_mass + summary.lower_mass.sum(-1)
+        below = summary.upper_mass.flip(-1).cumsum(-1).flip(-1)  # mass of the bins from i on
+        read_bins = (below > self.unread_mass * mass_floor[..., None]).sum(-1, keepdim=True)
+        unread = torch.minimum(summary.edges.gather(-1, read_bins)[..., 0], exact)
+        return Cuts(unread=unread, fine=exact, exact=exact)

@@ -1,0 +1,33 @@
+"""fixed:X: every key with score q . k >= X, however many there are."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from louver.errors import PolicyError
+from louver.policies.base import BasePolicy, retrieval_cuts
+from louver.protocols import BoundSummary, Cuts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed(BasePolicy):
+    """Keep the keys whose score reaches a constant."""
+
+    name: ClassVar[str] = "fixed"
+    drops: ClassVar[bool] = True
+    tau: float  # score units (q . k before the softmax scale); changes results
+
+    def check(self) -> None:
+        """NaN would lose every key."""
+        if math.isnan(self.tau):
+            raise PolicyError("fixed:nan would lose every key; wanted a number")
+
+    def argument(self) -> str:
+        """The threshold."""
+        return f"{self.tau:g}"
+
+    def cuts(self, summary: BoundSummary) -> Cuts:
+        """The same threshold for every head."""
+        return retrieval_cuts(torch.full_like(summary.shift, self.tau))

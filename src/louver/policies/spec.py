@@ -1,0 +1,72 @@
+"""Policy specifications: ``name[:argument][+option:value ...]``, the same in Python and on the command line."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from louver.errors import PolicyError
+from louver.policies.base import BasePolicy, Dense
+from louver.policies.budget import Budget
+from louver.policies.exact_fraction import ExactFraction
+from louver.policies.fixed import Fixed
+from louver.policies.topk import TopK
+from louver.protocols import Policy
+
+# name -> (class, the field its argument sets, how the argument is read, what it means)
+_POLICIES: dict[str, tuple[type[BasePolicy], str | None, Callable[[str], float | int], str]] = {
+    "exact": (ExactFraction, "fraction", float, "exact:F  nothing dropped; the share F with the highest bounds exact"),
+    "dense": (Dense, None, float, "dense  every key exact, no sketch read"),
+    "topk": (TopK, "k", int, "topk:K  keep the K largest scores"),
+    "budget": (Budget, "fraction", float, "budget:F  keep the share F with the largest scores"),
+    "fixed": (Fixed, "tau", float, "fixed:X  keep every key with q.k >= X"),
+}
+_OPTIONS: dict[str, tuple[str, Callable[[str], float | int]]] = {
+    "sinks": ("sinks", int),
+    "recent": ("recent", int),
+    "unread": ("unread_mass", float),
+}
+
+
+def parse(spec: str | Policy) -> Policy:
+    """The policy a specification names; a policy is returned as it is.
+
+    Raises:
+        PolicyError: the specification cannot be read; the message lists what can.
+
+    Example:
+        >>> parse("exact:0.01+sinks:4")
+        ExactFraction(sinks=4, recent=0, fraction=0.01, unread_mass=0.1)
+    """
+    if not isinstance(spec, str):
+        return spec
+    # A plus sign inside a number (fixed:1e+5) is not a separator.
+    head, *options = re.split(r"(?<![eE])\+", spec.strip())
+    name, _, argument = head.partition(":")
+    if name not in _POLICIES:
+        raise PolicyError(f"unknown policy {name!r} in {spec!r}; known: {'; '.join(known_policies())}")
+    policy, field, read, usage = _POLICIES[name]
+    if (field is None) != (argument == ""):
+        raise PolicyError(f"{spec!r} cannot be read; usage: {usage}")
+    arguments: dict[str, float | int] = {} if field is None else {field: _number(argument, read, spec, usage)}
+    allowed = {f.name for f in dataclasses.fields(policy)}
+    for option in options:
+        key, _, value = option.partition(":")
+        target = _OPTIONS.get(key)
+        if target is None or target[0] not in allowed:
+            choices = ", ".join(f"+{k}:N" for k, (f, _) in _OPTIONS.items() if f in allowed)
+            raise PolicyError(f"unknown option {key!r} in {spec!r}; {name} takes {choices}")
+        arguments[target[0]] = _number(value, target[1], spec, f"+{key}:N")
+    return policy(**arguments)
+
+
+def known_policies() -> list[str]:
+    """One line of usage per policy."""
+    return [usage for *_, usage in _POLICIES.values()]
+
+
+def _number(text: str, read: Callable[[str], float | int], spec: str, usage: str) -> float | int:
+    try:
+        return read(text)
+    except ValueError:
+        wanted = "a whole number" if read is int else "a number"
+        raise PolicyError(f"{text!r} in {spec!r} is not {wanted}; usage: {usage}") from None

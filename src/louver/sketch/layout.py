@@ -1,0 +1,158 @@
+"""The sketch of one layer's cache, in the one canonical layout every backend and every file uses.
+
+A block is ``frame_len`` consecutive tokens of one KV head, counted from the row's first valid token. Per block and channel a
+frame (center in float16, scale in 8 bits) spans the range; a key is one 4-bit code per channel,
+
+    k_d  ~  center_d + (code_d - 8) scale_d,        code in 0..15,  scale = SCALES[scale_code] = 2^(scale_code / 8 - 18)
+
+and per key and slice of the head dimension a radius bounds what the codes missed, in the metric of geometry/metric.py:
+
+    |(k - k_sketched)_slice|_w  <=  radius_code * radius_unit,   radius_code 255 = no bound (the key is always exact).
+
+Values have frames too (identity metric); what their codes missed is bounded per block (``value_error``), as is their distance
+from the head's mean value (``value_spread``). Nibbles: low = channels 0 .. D/2-1, high = the rest. Cost per key and channel:
+half a byte, plus 3 bytes / frame_len, plus a radius byte per slice.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from louver.errors import PolicyError
+from louver.geometry.bounds import slice_lengths
+from louver.geometry.metric import Metric
+
+SCALES = torch.exp2(torch.arange(256, dtype=torch.float64) / 8 - 18).float()  # float32 values are the definition
+CODE_ZERO = 8  # the code that decodes to the frame's center
+NO_BOUND = 255  # radius code of a key that must always be exact
+LARGEST_FRAMED = 60000.0  # magnitudes above this would overflow a float16 center
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    """How a cache is sketched. Every field changes speed and bytes; none changes which keys are found."""
+
+    frame_len: int = 128  # tokens per block: longer is faster on a GPU and costs 1-3% more bytes
+    slice_dims: int = 64  # channels one radius stands for: fewer bound tighter and cost more bytes
+    metric: Metric = "frame"  # the space radii are taken in
+    clip: bool = True  # let a frame clip outliers where that lowers the squared error
+    values: bool = True  # code the values too (policies that drop nothing need it)
+
+    def __post_init__(self) -> None:
+        if self.frame_len < 1 or self.slice_dims < 1:
+            raise PolicyError(f"frame_len={self.frame_len} and slice_dims={self.slice_dims} must be at least 1")
+        if self.metric not in ("frame", "diagonal", "identity"):
+            raise PolicyError(f"metric={self.metric!r} is unknown; wanted 'frame', 'diagonal' or 'identity'")
+
+
+@dataclass(kw_only=True)
+class Sketch:
+    """The sketch's tensors. Blocks past ``num_blocks[row]`` are room to grow, their content undefined."""
+
+    config: SketchConfig
+    head_dim: int  # of the cache; codes are padded to an even number of channels
+    num_blocks: Int[Tensor, " batch"]  # int32, closed blocks per row
+    query_weight: Float[Tensor, "batch heads dims"]  # float32
+    key_codes: UInt8[Tensor, "batch heads blocks frame_len half"]
+    key_center: Float[Tensor, "batch heads blocks dims"]  # float16
+    key_scale: UInt8[Tensor, "batch heads blocks dims"]
+    key_radius: UInt8[Tensor, "batch heads blocks frame_len slices"]
+    radius_unit: Float[Tensor, "batch heads blocks slices"]  # float32
+    value_mean: Float[Tensor, "batch heads dims"]  # float32, fixed when the first block closes
+    value_spread: Float[Tensor, "batch heads blocks"]  # float32, max |v - value_mean|; +inf where values are unknown
+    value_codes: UInt8[Tensor, "batch heads blocks frame_len half"] | None = None
+    value_center: Float[Tensor, "batch heads blocks dims"] | None = None
+    value_scale: UInt8[Tensor, "batch heads blocks dims"] | None = None
+    value_error: Float[Tensor, "batch heads blocks"] | None = None  # float32, max |v - v_sketched|
+
+    @property
+    def dims(self) -> int:
+        """Channels the codes hold: head_dim, padded to an even number."""
+        return self.query_weight.shape[-1]
+
+    @property
+    def num_slices(self) -> int:
+        """Radii per key."""
+        return self.radius_unit.shape[-1]
+
+    @property
+    def capacity(self) -> int:
+        """Blocks there is room for."""
+        return self.key_codes.shape[2]
+
+    def memory_bytes(self) -> int:
+        """Bytes of every tensor held, room to grow included."""
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """(name, tensor) of every tensor that is present."""
+        return [(f.name, x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)]
+
+    def reserve(self, num_blocks: int) -> None:
+        """Make room for num_blocks blocks, growing by at least a quarter so that appending stays cheap."""
+        if num_blocks <= self.capacity:
+            return
+        target = max(num_blocks, self.capacity + self.capacity // 4 + 1)
+        for name, x in self.tensors():
+            if name in _PER_BLOCK:
+                grown = x.new_empty(*x.shape[:2], target, *x.shape[3:])
+                grown[:, :, : x.shape[2]] = x
+                setattr(self, name, grown)
+
+    def select_batch(self, ids: Int[Tensor, " new_batch"]) -> "Sketch":
+        """A sketch whose row i is a copy of row ids[i]."""
+        return replace(self, **{name: x.index_select(0, ids.to(x.device)) for name, x in self.tensors()})
+
+
+_PER_BLOCK = frozenset(
+    ["key_codes", "key_center", "key_scale", "key_radius", "radius_unit", "value_codes", "value_center", "value_scale", "value_error", "value_spread"]
+)
+
+
+def empty_sketch(
+    config: SketchConfig, batch: int, num_kv_heads: int, head_dim: int, device: torch.device, num_blocks: int = 0
+) -> Sketch:
+    """A sketch of nothing, with room for num_blocks blocks, the identity as query weight and zero as mean value."""
+    dims = head_dim + head_dim % 2
+    slices = len(slice_lengths(dims, config.slice_dims))
+    lead = (batch, num_kv_heads, num_blocks)
+
+    def new(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    keys = {
+        "key_codes": new(*lead, config.frame_len, dims // 2, dtype=torch.uint8),
+        "key_center": new(*lead, dims, dtype=torch.float16),
+        "key_scale": new(*lead, dims, dtype=torch.uint8),
+        "key_radius": new(*lead, config.frame_len, slices, dtype=torch.uint8),
+        "radius_unit": new(*lead, slices, dtype=torch.float32),
+        "value_mean": torch.zeros(batch, num_kv_heads, dims, device=device),
+        "value_spread": new(*lead, dtype=torch.float32),
+    }
+    values = {
+        "value_codes": new(*lead, config.frame_len, dims // 2, dtype=torch.uint8),
+        "value_center": new(*lead, dims, dtype=torch.float16),
+        "value_scale": new(*lead, dims, dtype=torch.uint8),
+        "value_error": new(*lead, dtype=torch.float32),
+    }
+    return Sketch(
+        config=config,
+        head_dim=head_dim,
+        num_blocks=torch.zeros(batch, dtype=torch.int32, device=device),
+        query_weight=torch.ones(batch, num_kv_heads, dims, device=device),
+        **keys,
+        **(values if config.values else {}),
+    )
+
+
+def pack_nibbles(codes: UInt8[Tensor, "*shape dims"]) -> UInt8[Tensor, "*shape half"]:
+    """Two 4-bit codes per byte: channels of the first half low, of the second half high."""
+    low, high = codes.chunk(2, -1)
+    return low | (high << 4)
+
+
+def unpack_nibbles(packed: UInt8[Tensor, "*shape half"]) -> UInt8[Tensor, "*shape dims"]:
+    """Inverse of pack_nibbles."""
+    return torch.cat([packed & 15, packed >> 4], -1)
