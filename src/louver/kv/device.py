@@ -156,7 +156,9 @@ class DeviceStore:
 
     def _allocated(self) -> Tensor:
         if self._keys is None:
-            raise ShapeError("the store is empty: append keys [batch, num_kv_heads, kv_len, head_dim] before reading it")
+            raise ShapeError(
+                "the store is empty: append keys [batch, num_kv_heads, kv_len, head_dim] before reading it"
+            )
         return self._keys
 
     def _check_fits(self, keys: Tensor, values: Tensor | None) -> None:

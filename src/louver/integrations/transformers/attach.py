@@ -7,9 +7,10 @@ from transformers import PreTrainedModel
 from louver.integrations.transformers import hook
 from louver.integrations.transformers.cache import LouverCache
 from louver.integrations.transformers.support import check_model
+from louver.protocols import Policy
 
 
-def attach(model: PreTrainedModel, policy: str = "exact:0.01", **options: Any) -> LouverCache:
+def attach(model: PreTrainedModel, policy: str | Policy = "exact:0.01", **options: Any) -> LouverCache:
     """Make model attend through Louver and return a cache for it.
 
     The model's weights and code stay as they are; only its attention implementation is set to "louver" (undo with

@@ -7,11 +7,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from louver.attention.dense import DenseAttention
+from louver.attention import LouverAttention
 from louver.integrations.transformers.layer import LouverLayer, Observer, Shared
 from louver.integrations.transformers.stats import DecodeStats, Summary
 from louver.integrations.transformers.support import check_config
-from louver.protocols import LayerAttention
+from louver.policies import parse
+from louver.protocols import LayerAttention, Policy
 
 
 class LouverCache(Cache):
@@ -38,7 +39,7 @@ class LouverCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        policy: str = "exact:0.01",
+        policy: str | Policy = "exact:0.01",
         layer: Callable[[int], LayerAttention] | None = None,
         observer: Observer | None = None,
         reserve_tokens: int = 0,
@@ -46,8 +47,9 @@ class LouverCache(Cache):
         history: int = 0,
     ) -> None:
         check_config(config)
-        make_attention = layer or (lambda layer_idx: DenseAttention(reserve_tokens=reserve_tokens))
-        self.policy = policy if layer is None else None
+        self.policy = parse(policy) if layer is None else None
+        options = {"policy": self.policy, "backend": backend, "reserve_tokens": reserve_tokens}
+        make_attention = layer or (lambda layer_idx: LouverAttention(**options))
         self._shared = Shared(observer, history)
         # transformers itself knows which layer of which model needs which kind of cache; only the plain ones are taken over.
         layers = [
@@ -106,7 +108,7 @@ class LouverCache(Cache):
         served, summary, memory = self.served_layers, self.summary(), self.memory()
         tokens = served[0].get_seq_length() if served else 0
         parts = [
-            f"policy {self.policy!r}" if self.policy else "own layers",
+            self.policy.spec if self.policy else "layers of your own",
             f"serves {len(served)} of {len(self.layers)} layers",
             f"{tokens:,} tokens",
             f"{(memory['keys_values'] + memory['other_layers']) / 2**20:.1f} MiB + {memory['index'] / 2**20:.1f} MiB index",
@@ -118,7 +120,7 @@ class LouverCache(Cache):
 
 def _argument_name() -> str:
     # transformers 5.24 renamed past_key_values to cache, everywhere at once.
-    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    parameters = inspect.signature(vars(GenerationMixin)["prepare_inputs_for_generation"]).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 

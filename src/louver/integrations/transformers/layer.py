@@ -147,8 +147,13 @@ class LouverLayer(CacheLayerMixin):
                 f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}; "
                 f"to keep {tokens_to_remove} tokens, call crop({tokens_to_remove} - cache.get_seq_length())"
             )
-        if tokens_to_remove < 0 and self.is_initialized:
-            self.attention.truncate(max(0, self.attention.kv_len + tokens_to_remove))
+        if tokens_to_remove == 0 or not self.is_initialized:
+            return
+        keep = self.attention.kv_len + tokens_to_remove
+        if keep > 0:
+            self.attention.truncate(keep)
+        else:
+            self.reset()  # what comes next may have another batch, and its own padding
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rearrange the rows for beam search."""

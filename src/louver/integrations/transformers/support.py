@@ -60,7 +60,9 @@ def check_call(module: nn.Module, key: Tensor, dropout: float, kwargs: dict[str,
         if kwargs.get(argument) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} {what}, which Louver does not support")
     if kwargs.get("output_attentions"):
-        raise UnsupportedModelError("output_attentions=True was asked for, but Louver never forms the attention weights")
+        raise UnsupportedModelError(
+            "output_attentions=True was asked for, but Louver never forms the attention weights"
+        )
     if key.requires_grad or dropout:
         raise UnsupportedModelError(
             "Louver does not take part in training; call model.eval() and decode under torch.no_grad()"
