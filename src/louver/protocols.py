@@ -41,11 +41,14 @@ class BoundSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
-    """Three thresholds on the upper bound, score units, [batch, num_q_heads]; unread <= fine <= exact.
+    """Three thresholds on the upper bound, score units, [batch, num_q_heads].
 
-    A key with upper bound >= exact is treated exactly; from fine to exact its second plane is read where there is one; below
-    unread its value is not read. A retrieval policy sets all three to one tau, and may ask that of the keys above it only
-    the ``rank`` highest exact scores are kept (ties within rounding are kept too).
+    Precision policies (nothing dropped), unread <= fine <= exact: a key with upper bound >= exact is treated exactly; from fine
+    to exact its second plane is read where there is one; below unread its value is not read.
+
+    Retrieval policies: keys below exact are dropped (unread = exact). With a rank, only the rank best exact scores are kept
+    (ties within rounding too): the keys above ``fine``, at least rank of them, are scored first, and their rank-th best score
+    raises the threshold for the rest.
     """
 
     unread: Float[Tensor, "batch num_q_heads"]
@@ -54,12 +57,32 @@ class Cuts:
     rank: Int[Tensor, "batch num_q_heads"] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class CutRule:
+    """A policy's choice in declarative form, so that a backend can resolve it inside its kernels (op ``resolve``).
+
+    need = max(1, ceil(share * valid keys), count) keys per query head.
+    drop=False: exact above the need-th highest upper bound; unread below the bound under which the mass is unread_mass or less.
+    drop=True, tau set: keep the keys whose score reaches tau. drop=True, tau None: keep the need largest scores.
+    """
+
+    drop: bool
+    share: float = 0.0
+    count: int = 0
+    tau: float | None = None
+    unread_mass: float = 0.0
+
+
 class Policy(Protocol):
     """What a decode step keeps. Pure tensor code: no ``.item()``, no shape that depends on data."""
 
     drops: ClassVar[bool]  # True: keys below the cut are dropped (retrieval). False: they keep an estimated weight.
     sinks: int  # first tokens of each row that are always exact
     recent: int  # last tokens of each row that are always exact
+
+    def rule(self) -> CutRule | None:
+        """The choice in declarative form; None where only ``cuts`` can say it (slower, never different in kind)."""
+        ...
 
     def cuts(self, summary: BoundSummary) -> Cuts:
         """Choose the thresholds of this step from the bounds of this step."""
@@ -71,17 +94,62 @@ class Policy(Protocol):
         ...
 
 
+COUNTS = ("keys", "blocks", "open", "scanned", "exact", "coarse", "value_blocks")
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepStats:
-    """What one decode step read, counted per row and KV head (a key read for one head of a GQA group counts once)."""
+    """What one decode step read, counted per row and KV head (a key read for one head of a GQA group counts once).
 
-    num_keys: Int[Tensor, "batch num_kv_heads"]  # valid keys
-    num_scanned: Int[Tensor, "batch num_kv_heads"]  # keys read in full because no bound ruled them out
-    num_exact: Int[Tensor, "batch num_kv_heads"]  # keys attended exactly, with their full value
-    num_coarse: Int[Tensor, "batch num_kv_heads"]  # keys attended through a sketched key and a sketched value
-    num_unread: Int[Tensor, "batch num_kv_heads"]  # keys attended through a sketched key and the mean value
-    bytes_read: Int[Tensor, "batch num_kv_heads"]
-    bytes_dense: Int[Tensor, "batch num_kv_heads"]  # what dense attention reads from a 16-bit cache
+    ``table`` holds the counts named in COUNTS: valid keys; closed blocks; keys of the open block; closed keys read in full
+    because no bound ruled them out; closed keys attended exactly; closed keys attended through a sketched value; blocks
+    whose value frame was read. Bytes are linear in them.
+    """
+
+    table: Int[Tensor, "batch num_kv_heads counts"]
+    byte_weights: tuple[int, ...]
+    head_dim: int
+    drops: bool
+
+    def count(self, name: str) -> Int[Tensor, "batch num_kv_heads"]:
+        """One of the counts named in COUNTS."""
+        return self.table[..., COUNTS.index(name)]
+
+    @property
+    def num_keys(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Valid keys."""
+        return self.count("keys")
+
+    @property
+    def num_scanned(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Keys read in full, those of the open block included."""
+        return self.count("scanned") + self.count("open")
+
+    @property
+    def num_exact(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Keys attended exactly, with their full value."""
+        return self.count("exact") + self.count("open")
+
+    @property
+    def num_coarse(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Keys attended through a sketched key and a sketched value."""
+        return self.count("coarse")
+
+    @property
+    def num_unread(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Keys attended through a sketched key and the head's mean value."""
+        rest = self.num_keys - self.num_exact - self.num_coarse
+        return rest * 0 if self.drops else rest
+
+    @property
+    def bytes_read(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Bytes of cache and index the step read."""
+        return (self.table * self.table.new_tensor(self.byte_weights)).sum(-1)
+
+    @property
+    def bytes_dense(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Bytes dense attention reads from a 16-bit cache."""
+        return self.num_keys * 4 * self.head_dim
 
     @property
     def bytes_fraction(self) -> float:
@@ -89,7 +157,7 @@ class StepStats:
         return self.bytes_read.sum().item() / max(1, self.bytes_dense.sum().item())
 
     def fraction(self, name: str) -> float:
-        """One of the counts (``"exact"``, ``"coarse"``, ``"unread"``, ``"scanned"``) over the number of valid keys."""
+        """``"exact"``, ``"coarse"``, ``"unread"`` or ``"scanned"`` keys over valid keys."""
         return getattr(self, f"num_{name}").sum().item() / max(1, self.num_keys.sum().item())
 
 

@@ -10,9 +10,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from louver.attention.arithmetic import attention_arithmetic
 from louver.kv.device import DeviceStore
-from louver.protocols import AttendResult, KVStore, StepStats
+from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
 from louver.shapes import Keys, PerRow, Query, Values, check_query, group_heads
-from louver.sketch.accounting import dense_bytes
+from louver.sketch.accounting import plain_byte_weights
 
 # Wider heads make torch leave its fused kernels when enable_gqa is set.
 _MAX_FUSED_HEAD_DIM = 256
@@ -99,19 +99,16 @@ def valid_tokens(kv_start: PerRow, kv_len: PerRow, longest: int) -> Tensor:
 
 
 def dense_stats(keys: Keys, length: PerRow) -> StepStats:
-    """What a dense step reads: every valid key and value, counted at 16 bits each, per row and KV head."""
+    """What a dense step reads: every valid key and value, per row and KV head."""
     num_keys = length[:, None].long().repeat(1, keys.shape[1])
-    none = torch.zeros_like(num_keys)
-    num_bytes = dense_bytes(num_keys, keys.shape[3])
-    return StepStats(
-        num_keys=num_keys,
-        num_scanned=num_keys,
-        num_exact=num_keys,
-        num_coarse=none,
-        num_unread=none,
-        bytes_read=num_bytes,
-        bytes_dense=num_bytes,
-    )
+    return plain_stats(num_keys, num_keys, num_keys, keys.shape[3])
+
+
+def plain_stats(num_keys: Tensor, num_scanned: Tensor, num_exact: Tensor, head_dim: int) -> StepStats:
+    """Statistics of a step without a sketch, from int64 [batch, num_kv_heads] counts."""
+    columns = {"keys": num_keys, "scanned": num_scanned, "exact": num_exact}
+    table = torch.stack([columns.get(name, torch.zeros_like(num_keys)) for name in COUNTS], -1)
+    return StepStats(table=table, byte_weights=plain_byte_weights(head_dim), head_dim=head_dim, drops=True)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, softmax_scale: float) -> Tensor:

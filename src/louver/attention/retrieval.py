@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from louver.attention.arithmetic import attention_arithmetic
+from louver.attention.dense import plain_stats
 from louver.errors import PolicyError
 from louver.geometry.rounding import score_slack
 from louver.kernels import get_ops
+from louver.kernels.reference.attend import nth_best
 from louver.kernels.reference.search import csr_rows, score
+from louver.kernels.reference.step import keep_the_best
 from louver.protocols import AttendResult, KeyIndex, Policy, SelectionLike, StepStats
-from louver.shapes import Query, Values
-from louver.sketch.accounting import CACHE_BYTES, dense_bytes
+from louver.shapes import Keys, Query, Values
 
 
 def attend_retrieval(
@@ -32,9 +34,8 @@ def attend_retrieval(
     store, keys = index.store, index.store.keys
     summary = index.summarize(q, scale, policy.sinks, policy.recent)
     cuts = policy.cuts(summary)
-    tau = torch.minimum(cuts.exact, summary.best_lower) if keep_best else cuts.exact
-    found = index.search(q, tau)
-    mask, tau = _final_selection(found, tau, cuts.rank, keys, q)
+    cuts = keep_the_best(cuts, summary) if keep_best else cuts
+    found, mask, tau = _select(index, q, cuts.exact, cuts.fine, cuts.rank)
     position = torch.arange(keys.shape[2], device=q.device)
     valid = ((position >= store.kv_start[:, None]) & (position < store.kv_len[:, None]))[:, None]
     forced = (position < store.kv_start[:, None] + policy.sinks) | (position >= store.kv_len[:, None] - policy.recent)
@@ -65,41 +66,37 @@ def attend_retrieval(
     )
 
 
-def _final_selection(
-    found: SelectionLike, tau: Tensor, rank: Tensor | None, keys: Tensor, q: Query
-) -> tuple[Tensor, Tensor]:
-    """The mask of what was found, and the threshold it stands for once the rank is settled among the exact scores."""
-    kv_len = keys.shape[2]
+def _select(
+    index: KeyIndex, q: Query, tau: Tensor, fine: Tensor, rank: Tensor | None
+) -> tuple[SelectionLike, Tensor, Tensor]:
+    """Search; with a rank, first above ``fine``, then above the rank-th best score found there. The mask, and its tau."""
+    keys = index.store.keys
+    if rank is not None:
+        scores, slack, mask = _scores(q, keys, index.search(q, fine))
+        tau = torch.maximum(tau, nth_best(scores - slack, mask, rank))
+    found = index.search(q, tau)
+    scores, slack, mask = _scores(q, keys, found)
+    if rank is not None:
+        tau = torch.maximum(tau, nth_best(scores - slack, mask, rank))
+        mask = mask & ~(scores + slack < tau[..., None])
+    return found, mask, tau
+
+
+def _scores(q: Query, keys: Keys, found: SelectionLike) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, their slack and the mask of a selection, dense over [batch, num_q_heads, kv_len]."""
     rows = csr_rows(found.indptr, found.indices.numel())
-    mask = torch.zeros(found.indptr.numel() - 1, kv_len, dtype=torch.bool, device=q.device)
+    absolute = score(q.abs(), keys.abs(), found.indptr, found.indices)
+    mask = torch.zeros(found.indptr.numel() - 1, keys.shape[2], dtype=torch.bool, device=q.device)
+    scores, slack = (torch.zeros(mask.shape, device=q.device) for _ in range(2))
     mask[rows, found.indices] = True
-    if rank is not None and kv_len:
-        slack = score_slack(score(q.abs(), keys.abs(), found.indptr, found.indices), q.shape[2])
-        certain = torch.full(mask.shape, -torch.inf, device=q.device)
-        certain[rows, found.indices] = torch.nan_to_num(found.scores - slack, nan=-torch.inf)
-        nth = certain.sort(-1, descending=True).values.gather(
-            -1, (rank.flatten().long() - 1).clamp(max=kv_len - 1)[:, None]
-        )
-        nth = torch.where(rank.flatten() <= kv_len, nth[:, 0], -torch.inf)
-        mask[rows, found.indices] = ~(found.scores + slack < nth[rows])
-        tau = torch.maximum(tau, nth.reshape(tau.shape))
-    return mask.reshape(*q.shape[:2], kv_len), tau
+    scores[rows, found.indices] = found.scores
+    slack[rows, found.indices] = score_slack(absolute, q.shape[2])
+    shape = (*q.shape[:2], keys.shape[2])
+    return scores.reshape(shape), slack.reshape(shape), mask.reshape(shape)
 
 
 def _stats(found: SelectionLike, mask: Tensor, valid: Tensor, index: KeyIndex, group_size: int) -> StepStats:
-    num_keys = valid.sum(-1).expand_as(found.num_scanned).long()
+    num_keys = valid.sum(-1).expand_as(found.num_scanned).long().contiguous()
     num_exact = mask.unflatten(1, (-1, group_size)).any(2).sum(-1)
     num_scanned = torch.maximum(found.num_scanned.long(), num_exact)
-    head_dim = index.store.keys.shape[3]
-    heads = num_keys.numel()
-    read = (num_scanned + num_exact) * CACHE_BYTES * head_dim + index.memory_bytes() // max(1, heads)
-    none = torch.zeros_like(num_keys)
-    return StepStats(
-        num_keys=num_keys,
-        num_scanned=num_scanned,
-        num_exact=num_exact,
-        num_coarse=none,
-        num_unread=none,
-        bytes_read=read,
-        bytes_dense=dense_bytes(num_keys, head_dim),
-    )
+    return plain_stats(num_keys, num_scanned, num_exact, index.store.keys.shape[3])

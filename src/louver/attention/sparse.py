@@ -3,18 +3,18 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from louver.attention.dense import attend_everything
 from louver.attention.retrieval import attend_retrieval
 from louver.errors import PolicyError, ShapeError
-from louver.index.results import step_stats
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
+from louver.kernels.reference.step import keep_the_best
 from louver.policies.base import Dense
 from louver.policies.spec import parse
-from louver.protocols import AttendResult, Cuts, KeyIndex, Policy
+from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
 from louver.shapes import Query, Values, check_keys_values, check_query
+from louver.sketch.accounting import byte_weights
 
 
 def attend(
@@ -81,27 +81,23 @@ def _attend_sketch(
             f"policy {policy.spec!r} drops nothing, so it needs sketched values; "
             "build the index with the values it is to attend, or use a retrieval policy such as 'budget:0.05'"
         )
-    bounds = index.bounds(q, scale, policy.sinks, policy.recent)
-    cuts = policy.cuts(bounds.summary)
-    if keep_best:
-        cuts = keep_the_best(cuts, bounds.summary.best_lower)
-    store = index.store
-    step = get_ops(index.backend).attend_tiers(
-        q, store.keys, values, sketch, bounds, cuts, store.kv_start, store.kv_len, scale, policy.drops, record
-    )
+    ops, store, rule = get_ops(index.backend), index.store, policy.rule()
+    place = (store.kv_start, store.kv_len, scale)
+    if rule is not None:
+        step = ops.step(q, store.keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)
+    else:
+        bounds = index.bounds(q, scale, policy.sinks, policy.recent)
+        cuts = policy.cuts(bounds.summary)
+        cuts = keep_the_best(cuts, bounds.summary) if keep_best else cuts
+        step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
+    weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
     return AttendResult(
         out=step.out,
         lse=step.lse,
-        stats=step_stats(step.counts, sketch, policy.drops),
+        stats=StepStats(table=step.counts, byte_weights=weights, head_dim=sketch.head_dim, drops=policy.drops),
         certificate=step.certificate,
         arithmetic_bound=step.arithmetic_bound,
         dropped_mass_bound=step.dropped_mass_bound,
         tau=step.tau,
         exact_mask=step.exact_mask,
     )
-
-
-def keep_the_best(cuts: Cuts, best_lower: Tensor) -> Cuts:
-    """Lower the cuts so that the key with the best score is exact: its upper bound is at least every lower bound."""
-    lowered = {name: torch.minimum(getattr(cuts, name), best_lower) for name in ("unread", "fine", "exact")}
-    return replace(cuts, **lowered)

@@ -1,0 +1,1 @@
+"""Pure mathematics of bounds: no state, no model, nothing but tensors."""

@@ -6,11 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from louver.kernels.ops import StepCounts
-from louver.protocols import StepStats
-from louver.sketch.accounting import dense_bytes, step_bytes
-from louver.sketch.layout import Sketch
-
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -49,28 +44,3 @@ class Selection:
     def scanned_fraction(self) -> float:
         """Keys read in full over valid keys, averaged over KV heads."""
         return int(self.num_scanned.sum()) / max(1, int(self.num_keys.sum()) * self.num_scanned.shape[1])
-
-
-def step_stats(counts: StepCounts, sketch: Sketch, drop: bool) -> StepStats:
-    """The public statistics of a step a sketch served, from the kernel's counts."""
-    unread = counts.num_keys - counts.num_open - counts.num_exact - counts.num_coarse
-    return StepStats(
-        num_keys=counts.num_keys,
-        num_scanned=counts.num_scanned,
-        num_exact=counts.num_exact + counts.num_open,
-        num_coarse=counts.num_coarse,
-        num_unread=torch.zeros_like(unread) if drop else unread,
-        bytes_read=step_bytes(
-            num_blocks=counts.num_blocks,
-            num_open=counts.num_open,
-            num_scanned=counts.num_scanned,
-            num_exact=counts.num_exact,
-            num_coarse=counts.num_coarse,
-            num_value_blocks=counts.num_value_blocks,
-            head_dim=sketch.head_dim,
-            num_dims=sketch.dims,
-            num_slices=sketch.num_slices,
-            frame_len=sketch.config.frame_len,
-        ),
-        bytes_dense=dense_bytes(counts.num_keys, sketch.head_dim),
-    )

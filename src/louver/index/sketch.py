@@ -4,6 +4,7 @@ Guarantee: exact. A search returns every key whose real score against the stored
 an eighth of the keys' 16-bit bytes and reads in full only the keys the bound can't rule out; appending encodes a block once.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -104,13 +105,7 @@ class SketchIndex:
             self.backend = resolve_backend(self._asked_backend, keys.device)
             config = self.config
             if values is None and config.values:
-                config = SketchConfig(
-                    frame_len=config.frame_len,
-                    slice_dims=config.slice_dims,
-                    metric=config.metric,
-                    clip=config.clip,
-                    values=False,
-                )
+                config = replace(config, values=False)
             self.sketch = empty_sketch(config, keys.shape[0], keys.shape[1], keys.shape[3], keys.device)
             if self._weight is not None:
                 self.sketch.query_weight[..., : keys.shape[3]] = self._weight

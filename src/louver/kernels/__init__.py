@@ -10,7 +10,18 @@ import torch
 
 from louver.errors import BackendError
 
-OPS = ("encode_block", "bounds", "search", "score", "attend_selection", "attend_tiers", "attend_dense", "merge")
+OPS = (
+    "encode_block",
+    "bounds",
+    "resolve",
+    "search",
+    "score",
+    "attend_selection",
+    "attend_tiers",
+    "attend_dense",
+    "merge",
+    "step",
+)
 _MODULES = {"reference": "louver.kernels.reference"}
 
 

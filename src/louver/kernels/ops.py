@@ -33,19 +33,6 @@ class Bounds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepCounts:
-    """Keys a step touched, per row and KV head; keys of closed blocks except where said otherwise."""
-
-    num_keys: Int[Tensor, "batch num_kv_heads"]  # all valid keys
-    num_blocks: Int[Tensor, "batch num_kv_heads"]
-    num_open: Int[Tensor, "batch num_kv_heads"]  # keys of the open block
-    num_scanned: Int[Tensor, "batch num_kv_heads"]
-    num_exact: Int[Tensor, "batch num_kv_heads"]
-    num_coarse: Int[Tensor, "batch num_kv_heads"]
-    num_value_blocks: Int[Tensor, "batch num_kv_heads"]  # blocks whose value frame was read
-
-
-@dataclass(frozen=True, kw_only=True)
 class TierOutput:
     """A decode step's output and evidence; see louver.protocols.AttendResult for the meaning of each."""
 
@@ -55,5 +42,5 @@ class TierOutput:
     arithmetic_bound: Float[Tensor, "batch num_q_heads"]
     dropped_mass_bound: Float[Tensor, "batch num_q_heads"]
     tau: Float[Tensor, "batch num_q_heads"]
-    counts: StepCounts
+    counts: Int[Tensor, "batch num_kv_heads counts"]  # int64, louver.protocols.COUNTS
     exact_mask: Bool[Tensor, "batch num_q_heads kv_len"] | None = None

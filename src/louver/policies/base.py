@@ -1,13 +1,11 @@
-"""What all policies share: sinks, recent tokens, their specification, and reading a histogram."""
+"""What all policies share: sinks, recent tokens, and their specification."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float, Int
-from torch import Tensor
-
 from louver.errors import PolicyError
-from louver.protocols import BoundSummary, Cuts
+from louver.kernels.reference.resolve import resolve
+from louver.protocols import BoundSummary, CutRule, Cuts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +36,16 @@ class BasePolicy:
         parts += [f"{field}:{getattr(self, field)}" for field in ("sinks", "recent") if getattr(self, field)]
         return "+".join(parts)
 
+    def rule(self) -> CutRule | None:
+        """The choice in declarative form; a policy that has none overrides ``cuts``."""
+        return None
+
     def cuts(self, summary: BoundSummary) -> Cuts:
         """Choose the thresholds of this step from the bounds of this step."""
-        raise NotImplementedError
+        rule = self.rule()
+        if rule is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither a rule nor cuts of its own")
+        return resolve(rule, summary)
 
     def __str__(self) -> str:
         return self.spec
@@ -52,30 +57,6 @@ class Dense(BasePolicy):
 
     name: ClassVar[str] = "dense"
     drops: ClassVar[bool] = False
-
-
-def retrieval_cuts(
-    tau: Float[Tensor, "batch num_q_heads"], rank: Int[Tensor, "batch num_q_heads"] | None = None
-) -> Cuts:
-    """One threshold: keys above it are exact, keys below it are dropped."""
-    return Cuts(unread=tau, fine=tau, exact=tau, rank=rank)
-
-
-def edge_above_which(
-    count: Int[Tensor, "batch num_q_heads bins"],
-    need: Int[Tensor, "batch num_q_heads"],
-    edges: Float[Tensor, "batch num_q_heads bins_plus_1"],
-) -> Float[Tensor, "batch num_q_heads"]:
-    """The highest edge with at least ``need`` keys at or above it; -inf where there are fewer."""
-    full_bins = (count.cumsum(-1) < need[..., None]).sum(-1, keepdim=True)
-    return edges.gather(-1, (full_bins + 1).clamp_max(edges.shape[-1] - 1))[..., 0]
-
-
-def share_of_keys(fraction: float, summary: BoundSummary) -> Int[Tensor, "batch num_q_heads"]:
-    """ceil(fraction * valid keys), at least one, per query head."""
-    keys = summary.num_keys.double()
-    need = (keys * fraction - 1e-9).ceil().clamp_min(1).to(summary.num_keys.dtype)
-    return need[:, None].expand(summary.edges.shape[:2])
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from louver.policies.base import BasePolicy, check_fraction, edge_above_which, retrieval_cuts, share_of_keys
-from louver.protocols import BoundSummary, Cuts
+from louver.policies.base import BasePolicy, check_fraction
+from louver.protocols import CutRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,6 @@ class Budget(BasePolicy):
         """The share."""
         return f"{self.fraction:g}"
 
-    def cuts(self, summary: BoundSummary) -> Cuts:
-        """tau below the rank-th largest lower bound, and the rank to settle on among the exact scores."""
-        rank = share_of_keys(self.fraction, summary).long()
-        return retrieval_cuts(edge_above_which(summary.lower_count, rank, summary.edges), rank)
+    def rule(self) -> CutRule:
+        """A share of the keys."""
+        return CutRule(drop=True, share=self.fraction)

@@ -9,11 +9,9 @@ the reported tau is inexact (tau = the threshold on the upper bound), and the ce
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from louver.errors import PolicyError
-from louver.policies.base import BasePolicy, check_fraction, edge_above_which, share_of_keys
-from louver.protocols import BoundSummary, Cuts
+from louver.policies.base import BasePolicy, check_fraction
+from louver.protocols import CutRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +43,6 @@ class ExactFraction(BasePolicy):
             head += f"+unread:{self.unread_mass:g}"
         return "+".join([head, *rest])
 
-    def cuts(self, summary: BoundSummary) -> Cuts:
-        """The edge above which ceil(F n) upper bounds lie, and the highest edge with little enough mass below it."""
-        exact = edge_above_which(summary.upper_count, share_of_keys(self.fraction, summary), summary.edges)
-        mass_floor = summary.decided_mass + summary.lower_mass.sum(-1)
-        below = summary.upper_mass.flip(-1).cumsum(-1).flip(-1)  # mass of the bins from i on
-        read_bins = (below > self.unread_mass * mass_floor[..., None]).sum(-1, keepdim=True)
-        unread = torch.minimum(summary.edges.gather(-1, read_bins)[..., 0], exact)
-        return Cuts(unread=unread, fine=exact, exact=exact)
+    def rule(self) -> CutRule:
+        """The share that is exact, and the mass whose values may go unread."""
+        return CutRule(drop=False, share=self.fraction, unread_mass=self.unread_mass)

@@ -4,11 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from louver.errors import PolicyError
-from louver.policies.base import BasePolicy, retrieval_cuts
-from louver.protocols import BoundSummary, Cuts
+from louver.policies.base import BasePolicy
+from louver.protocols import CutRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +26,6 @@ class Fixed(BasePolicy):
         """The threshold."""
         return f"{self.tau:g}"
 
-    def cuts(self, summary: BoundSummary) -> Cuts:
+    def rule(self) -> CutRule:
         """The same threshold for every head."""
-        return retrieval_cuts(torch.full_like(summary.shift, self.tau))
+        return CutRule(drop=True, tau=self.tau)

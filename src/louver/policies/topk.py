@@ -7,11 +7,9 @@ the exact scores of what was found then settle the K (ties within rounding are k
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from louver.errors import PolicyError
-from louver.policies.base import BasePolicy, edge_above_which, retrieval_cuts
-from louver.protocols import BoundSummary, Cuts
+from louver.policies.base import BasePolicy
+from louver.protocols import CutRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,6 @@ class TopK(BasePolicy):
         """The number of keys."""
         return str(self.k)
 
-    def cuts(self, summary: BoundSummary) -> Cuts:
-        """tau below the k-th largest lower bound, and the rank to settle on among the exact scores."""
-        rank = torch.full(summary.shift.shape, self.k, dtype=torch.int64, device=summary.shift.device)
-        return retrieval_cuts(edge_above_which(summary.lower_count, rank, summary.edges), rank)
+    def rule(self) -> CutRule:
+        """k keys, whatever the length."""
+        return CutRule(drop=True, count=self.k)

@@ -6,8 +6,7 @@ is wider counts as 16 bits too, on both sides of the ratio); the open block in f
 what a backend spills between its passes, which is its own affair and shows in its time.
 """
 
-from jaxtyping import Int
-from torch import Tensor
+from louver.protocols import COUNTS
 
 CACHE_BYTES = 2  # per element of a 16-bit cache, the unit every ratio is stated against
 FRAME_BYTES = 3  # per channel: a float16 center and an 8-bit scale
@@ -23,31 +22,23 @@ def key_block_bytes(num_dims: int, num_slices: int, frame_len: int) -> int:
     return frame_len * (num_dims // 2 + num_slices) + frame_bytes(num_dims) + 4 * num_slices
 
 
-def step_bytes(
-    *,
-    num_blocks: Int[Tensor, "batch num_kv_heads"],
-    num_open: Int[Tensor, "batch num_kv_heads"],
-    num_scanned: Int[Tensor, "batch num_kv_heads"],
-    num_exact: Int[Tensor, "batch num_kv_heads"],
-    num_coarse: Int[Tensor, "batch num_kv_heads"],
-    num_value_blocks: Int[Tensor, "batch num_kv_heads"],
-    head_dim: int,
-    num_dims: int,
-    num_slices: int,
-    frame_len: int,
-) -> Int[Tensor, "batch num_kv_heads"]:
-    """Bytes one step reads. num_scanned and num_exact count keys of closed blocks; num_open is added in full."""
+def byte_weights(head_dim: int, num_dims: int, num_slices: int, frame_len: int) -> tuple[int, ...]:
+    """Bytes per unit of each of louver.protocols.COUNTS, for a step that a sketch serves."""
     row = CACHE_BYTES * head_dim
-    return (
-        num_blocks * key_block_bytes(num_dims, num_slices, frame_len)
-        + num_open * 2 * row
-        + num_scanned * row
-        + num_exact * row
-        + num_coarse * (num_dims // 2)
-        + num_value_blocks * (frame_bytes(num_dims) + 8)
-    )
+    weights = {
+        "keys": 0,
+        "blocks": key_block_bytes(num_dims, num_slices, frame_len),
+        "open": 2 * row,
+        "scanned": row,
+        "exact": row,
+        "coarse": num_dims // 2,
+        "value_blocks": frame_bytes(num_dims) + 8,
+    }
+    return tuple(weights[name] for name in COUNTS)
 
 
-def dense_bytes(num_keys: Int[Tensor, "*shape"], head_dim: int) -> Int[Tensor, "*shape"]:
-    """Bytes dense attention reads for num_keys keys and values in 16 bits."""
-    return num_keys * (2 * CACHE_BYTES * head_dim)
+def plain_byte_weights(head_dim: int) -> tuple[int, ...]:
+    """The same for a step without a sketch: a scanned key and an exact value are read in full, nothing else is."""
+    row = CACHE_BYTES * head_dim
+    weights = {"open": 2 * row, "scanned": row, "exact": row}
+    return tuple(weights.get(name, 0) for name in COUNTS)

@@ -107,7 +107,18 @@ class Sketch:
 
 
 _PER_BLOCK = frozenset(
-    ["key_codes", "key_center", "key_scale", "key_radius", "radius_unit", "value_codes", "value_center", "value_scale", "value_error", "value_spread"]
+    [
+        "key_codes",
+        "key_center",
+        "key_scale",
+        "key_radius",
+        "radius_unit",
+        "value_codes",
+        "value_center",
+        "value_scale",
+        "value_error",
+        "value_spread",
+    ]
 )
 
 

@@ -4,7 +4,9 @@ from louver.kernels.reference.attend import attend_dense, attend_selection, atte
 from louver.kernels.reference.bounds import bounds
 from louver.kernels.reference.encode import encode_block
 from louver.kernels.reference.merge import merge
+from louver.kernels.reference.resolve import resolve
 from louver.kernels.reference.search import score, search
+from louver.kernels.reference.step import step
 
 __all__ = [
     "attend_dense",
@@ -13,6 +15,8 @@ __all__ = [
     "bounds",
     "encode_block",
     "merge",
+    "resolve",
     "score",
     "search",
+    "step",
 ]

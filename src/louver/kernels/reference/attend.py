@@ -5,12 +5,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from louver.geometry.rounding import score_slack
-from louver.kernels.ops import Bounds, StepCounts, TierOutput
+from louver.kernels.ops import Bounds, TierOutput
 from louver.kernels.reference.certificate import Tiers, certify, dropped_mass
 from louver.kernels.reference.paging import contiguous
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
 from louver.kernels.reference.search import csr_rows, score
-from louver.protocols import Cuts
+from louver.protocols import COUNTS, Cuts
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
 from louver.sketch.encode import decode_frames
 from louver.sketch.layout import Sketch, unpack_nibbles
@@ -99,15 +99,19 @@ def attend_tiers(
     def share(mask: Tensor) -> Tensor:
         return mask.unflatten(1, (-1, group_size)).any(2)
 
-    above = reaches(cuts.exact)
     always = decided.repeat_interleave(group_size, 1)
     tau = cuts.exact
+    if drop and cuts.rank is not None:
+        tau = torch.maximum(tau, nth_best(scores - slack, always | reaches(cuts.fine), cuts.rank))
+    above = reaches(tau)
     if drop:
-        kept, tau = _keep_ranked(always, above, scores, slack, cuts)
-        exact, coarse = kept, torch.zeros_like(kept)
+        if cuts.rank is not None:
+            tau = torch.maximum(tau, nth_best(scores - slack, always | above, cuts.rank))
+        exact = always | (above & ~(scores + slack < tau[..., None]))
+        coarse = torch.zeros_like(exact)
     else:
         exact = (share(above) | decided).repeat_interleave(group_size, 1)
-        coarse = (share(reaches(cuts.unread)).repeat_interleave(group_size, 1)) & ~exact
+        coarse = share(reaches(cuts.unread)).repeat_interleave(group_size, 1) & ~exact
     present = exact if drop else valid_rows(length, longest).expand_as(exact)
     tiers = Tiers(
         exact=exact,
@@ -124,25 +128,22 @@ def attend_tiers(
     dropped = torch.zeros_like(lse)
     if drop:
         ceiling = torch.where(above, torch.minimum(upper, scores + slack), upper)
-        left_out = valid_rows(length, longest) & ~kept
+        left_out = valid_rows(length, longest) & ~exact
         dropped, certificate = dropped_mass(tiers, left_out, ceiling, out)
 
-    closed = (torch.arange(longest, device=q.device) < (sketch.num_blocks * sketch.config.frame_len)[:, None])[:, None]
-    blocks = (
-        share(coarse).unfold(-1, sketch.config.frame_len, sketch.config.frame_len)
-        if longest
-        else share(coarse)[..., None]
-    )
-    heads = torch.ones_like(bounds.undecided[:, :, :1].sum(-1))
-    counts = StepCounts(
-        num_keys=length[:, None] * heads,
-        num_blocks=sketch.num_blocks[:, None] * heads,
-        num_open=(length - sketch.num_blocks * sketch.config.frame_len)[:, None] * heads,
-        num_scanned=((share(above) | decided) & closed).sum(-1),
-        num_exact=(share(exact) & closed).sum(-1),
-        num_coarse=share(coarse).sum(-1),
-        num_value_blocks=blocks.any(-1).sum(-1),
-    )
+    frame_len = sketch.config.frame_len
+    closed = (torch.arange(longest, device=q.device) < (sketch.num_blocks * frame_len)[:, None])[:, None]
+    in_blocks = torch.nn.functional.pad(share(coarse), (0, -longest % frame_len)).unflatten(-1, (-1, frame_len))
+    columns = {
+        "keys": length[:, None],
+        "blocks": sketch.num_blocks[:, None],
+        "open": (length - sketch.num_blocks * frame_len)[:, None],
+        "scanned": ((share(above) | decided) & closed).sum(-1),
+        "exact": (share(exact) & closed).sum(-1),
+        "coarse": share(coarse).sum(-1),
+        "value_blocks": in_blocks.any(-1).sum(-1),
+    }
+    counts = torch.stack([columns[name].expand(k.shape[:2]).long() for name in COUNTS], -1)
     mask = to_tokens(exact, kv_start, keys.shape[2]) if record and block_table is None else None
     return TierOutput(
         out=out.to(q.dtype),
@@ -156,21 +157,19 @@ def attend_tiers(
     )
 
 
-def _keep_ranked(
-    always: Tensor, above: Tensor, scores: Tensor, slack: Tensor, cuts: Cuts
-) -> tuple[Tensor, PerQueryHead]:
-    """Retrieval's final selection, decided keys and scanned keys whose exact score reaches tau; and that tau.
+def nth_best(floors: Tensor, scored: Tensor, rank: Tensor) -> PerQueryHead:
+    """The rank-th largest of the scored keys' floors (score less rounding): no member of the true top can be below it.
 
-    With a rank, tau is the rank-th largest score less its slack: no real score of the true top can be below it.
+    floors [batch, num_q_heads, n], scored bool of that shape, rank int [batch, num_q_heads]; -inf where fewer are scored.
     """
-    tau = cuts.exact
-    if cuts.rank is not None and scores.shape[-1]:
-        certain = torch.where(always | above, scores - slack, -torch.inf)
-        ordered = torch.nan_to_num(certain, nan=-torch.inf).sort(-1, descending=True).values
-        last = (cuts.rank.long() - 1).clamp(0, ordered.shape[-1] - 1)[..., None]
-        nth = torch.where(cuts.rank.long() <= ordered.shape[-1], ordered.gather(-1, last)[..., 0], -torch.inf)
-        tau = torch.maximum(tau, nth)
-    return always | (above & ~(scores + slack < tau[..., None])), tau
+    if not floors.shape[-1]:
+        return floors.new_full(floors.shape[:-1], -torch.inf)
+    known = torch.nan_to_num(
+        torch.where(scored, floors, -torch.inf), nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+    )
+    ordered = known.sort(-1, descending=True).values
+    nth = ordered.gather(-1, (rank.long() - 1).clamp(0, ordered.shape[-1] - 1)[..., None])[..., 0]
+    return torch.where(rank.long() <= ordered.shape[-1], nth, -torch.inf)
 
 
 def _mix_values(exact: Tensor, coarse: Tensor, v: Tensor, sketch: Sketch, group_size: int) -> Float[Tensor, "b h n d"]:
