@@ -1,8 +1,8 @@
 import pytest
 import torch
+
 from integrations.scenarios import Prompts
 from integrations.tiny_models import FAMILIES, VOCAB
-
 from louver.attention import DenseAttention, LouverAttention
 from louver.sketch.layout import SketchConfig
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, LlamaModel, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,16 @@ class Prompts:
         return {"input_ids": ids, "attention_mask": mask}
 
 
+def as_argument(cache: Cache) -> dict[str, Cache]:
+    """Any cache as a keyword argument, under the name the installed transformers uses."""
+    parameters = inspect.signature(LlamaModel.forward).parameters
+    return {"cache" if "cache" in parameters else "past_key_values": cache}
+
+
 def generate(model: PreTrainedModel, inputs: dict[str, Tensor], cache: Cache, new: int, **options) -> Tensor:
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new} | {name: cache} | options
-    return model.generate(**inputs, **options)
+    """new more tokens, greedily unless options say otherwise."""
+    options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new} | options
+    return model.generate(**inputs, **as_argument(cache), **options)
 
 
 def _continue(tokens: Tensor, more: Tensor | None = None) -> dict[str, Tensor]:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from integrations.scenarios import SCENARIOS, prompt_lookup
 from transformers import DynamicCache
 
+from integrations.scenarios import SCENARIOS, prompt_lookup
 from louver.integrations.transformers import attach
 
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from louver.integrations.transformers import hook
 from louver.integrations.transformers.cache import LouverCache
-from louver.integrations.transformers.support import check_model
+from louver.integrations.transformers.support import check_model, name_of
 from louver.protocols import Policy
 
 
@@ -29,6 +29,8 @@ def attach(model: PreTrainedModel, policy: str | Policy = "exact:0.01", **option
     cache = LouverCache(model.config, policy, **options)
     hook.register()
     model.set_attn_implementation(_for_text(model))
+    if model.config.get_text_config(decoder=True)._attn_implementation != hook.NAME:
+        cache.warn_unreached(f"{name_of(model.config)} does not use transformers' attention interface")
     return cache
 
 

@@ -99,6 +99,10 @@ class LouverCache(Cache):
         memory["other_layers"] = sum(_bytes(layer) for layer in self.layers if not isinstance(layer, LouverLayer))
         return memory | {"total": sum(memory.values())}
 
+    def warn_unreached(self, reason: str) -> None:
+        """Warn, once per cache, that the model's attention never asks it."""
+        self._shared.warn_unreached(reason)
+
     def reset(self) -> None:
         """Forget every token and every figure, keep the settings."""
         super().reset()

@@ -6,13 +6,14 @@ tokens at once, another cache, an unusual mask) is dense attention by transforme
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from louver.integrations.transformers.layer import LouverLayer, layer_of
-from louver.integrations.transformers.support import check_call
+from louver.integrations.transformers.support import check_call, check_no_training
 
 NAME = "louver"
 
@@ -23,6 +24,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+@torch.compiler.disable  # a compiled model breaks its graph here; tracing an index would take minutes and gain nothing
 def louver_attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -39,9 +41,10 @@ def louver_attention_forward(
     Raises:
         UnsupportedModelError: the model asks for more than plain softmax attention.
     """
-    check_call(module, key, dropout, kwargs)
+    check_call(module, kwargs)
     layer = layer_of(key)
     if layer is not None:
+        check_no_training(key, dropout)
         out = _ask(layer, query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
         if out is not None:
             return out[:, None], None
@@ -66,5 +69,5 @@ def _ask(layer: LouverLayer, query: Tensor, mask: Tensor | None, softmax_scale: 
         return None
     if is_decode:
         return layer.attend(query[:, :, 0], padding, softmax_scale)
-    layer.attention.observe(query, padding.kv_start, softmax_scale)
+    layer.observe(query, padding, softmax_scale)
     return None

@@ -5,7 +5,8 @@ function, which finds the layer by the mark; no global state, and a copied cache
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ _MARK = "_louver_layer"
 _UNANSWERED_UPDATES = 2
 
 
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """What a LayerAttention keeps must stay writable: a tensor made inside inference_mode would not be, outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class Shared:
     """What the layers of one cache have in common."""
 
@@ -39,6 +47,10 @@ class Shared:
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, LouverWarning, stacklevel=2)
+
+    def warn_unreached(self, reason: str) -> None:
+        """Warn once that the model's attention never asks this cache."""
+        self.warn_once("unreached", f"every layer is attended densely: {reason}")
 
 
 class LouverLayer(CacheLayerMixin):
@@ -79,7 +91,7 @@ class LouverLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn shapes, dtype and device from the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._no_tokens = key_states[:, :, :0]
+        self._no_tokens = torch.zeros_like(key_states[:, :, :0])
         self.is_initialized = True
 
     @property
@@ -92,19 +104,20 @@ class LouverLayer(CacheLayerMixin):
         """A view of the values held, None before the first token."""
         return None if self._no_tokens is None else self.attention.append(self._no_tokens, self._no_tokens)[1]
 
+    @torch.compiler.disable  # as is the attention function
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take in new tokens and return all keys, marked, and all values."""
         check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self._unanswered >= _UNANSWERED_UPDATES:
-            self.shared.warn_once(
-                "unreached",
-                f"layer {self.layer_idx} took {self._unanswered} forward passes and was never asked for attention, so "
-                "decoding is dense: attach(model) was not called, or the model does not use transformers' attention interface",
+            self.shared.warn_unreached(
+                f"layer {self.layer_idx} took {self._unanswered} forward passes and was never asked for attention; "
+                "attach(model) was not called, or the model does not use transformers' attention interface"
             )
         self._unanswered += 1
-        keys, values = self.attention.append(key_states, value_states)
+        with ordinary_tensors():
+            keys, values = self.attention.append(key_states, value_states)
         setattr(keys, _MARK, self)
         return keys, values
 
@@ -122,11 +135,17 @@ class LouverLayer(CacheLayerMixin):
 
     def attend(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor:
         """The output [batch, num_q_heads, head_dim] of one decode step, counted and shown to the observer."""
-        result = self.attention.attend(q, softmax_scale, padding.kv_start)
+        with ordinary_tensors():
+            result = self.attention.attend(q, softmax_scale, padding.kv_start)
         self.shared.stats.add(self.layer_idx, result)
         if self.shared.observer is not None:
             self.shared.observer(self.layer_idx, q, result, self.attention, softmax_scale)
         return result.out
+
+    def observe(self, queries: Tensor, padding: Padding, softmax_scale: float) -> None:
+        """Show the LayerAttention the queries [batch, num_q_heads, q_len, head_dim] of a prompt."""
+        with ordinary_tensors():
+            self.attention.observe(queries, padding.kv_start, softmax_scale)
 
     def get_seq_length(self) -> int:
         """Tokens held, padding included."""
@@ -151,7 +170,8 @@ class LouverLayer(CacheLayerMixin):
             return
         keep = self.attention.kv_len + tokens_to_remove
         if keep > 0:
-            self.attention.truncate(keep)
+            with ordinary_tensors():
+                self.attention.truncate(keep)
         else:
             self.reset()  # what comes next may have another batch, and its own padding
 
@@ -178,11 +198,12 @@ class LouverLayer(CacheLayerMixin):
     def _select(self, ids: Tensor) -> None:
         if self._no_tokens is None:
             return
-        ids = ids.to(self._no_tokens.device)
-        self.attention.select_batch(ids)
-        self._no_tokens = self._no_tokens[ids]
-        if self.padding is not None:
-            self.padding = self.padding.select(ids)
+        with ordinary_tensors():
+            ids = ids.to(self._no_tokens.device)
+            self.attention.select_batch(ids)
+            self._no_tokens = self._no_tokens[ids]
+            if self.padding is not None:
+                self.padding = self.padding.select(ids)
 
     def __repr__(self) -> str:
         return f"LouverLayer({self.layer_idx}, {type(self.attention).__name__}, {self.get_seq_length():,} tokens)"

@@ -21,7 +21,7 @@ _CHANGES_ATTENTION = {
 def check_config(config: PreTrainedConfig) -> None:
     """Raise an UnsupportedModelError if the model that config describes does not do plain softmax attention."""
     text = config.get_text_config(decoder=True)
-    name = _name(config)
+    name = name_of(config)
     if config.is_encoder_decoder or getattr(text, "add_cross_attention", False):
         raise UnsupportedModelError(f"{name} has cross-attention; Louver serves decoder-only models")
     if getattr(text, "kv_lora_rank", None) is not None:
@@ -34,8 +34,10 @@ def check_config(config: PreTrainedConfig) -> None:
 
 def check_model(model: PreTrainedModel) -> None:
     """Raise an UnsupportedModelError if Louver cannot serve model; warn if it would have nothing to do."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise UnsupportedModelError(f"attach takes a transformers model, got {type(model).__name__}")
     check_config(model.config)
-    name = _name(model.config)
+    name = name_of(model.config)
     if any("sinks" in module._parameters for module in model.modules()):
         raise UnsupportedModelError(f"{name} {_CHANGES_ATTENTION['s_aux']}, which Louver does not support")
     if getattr(model.config, "output_attentions", False):
@@ -45,8 +47,8 @@ def check_model(model: PreTrainedModel) -> None:
     implementation = getattr(model.generation_config, "cache_implementation", None)
     if implementation is not None:
         raise UnsupportedModelError(
-            f"the model's generation_config asks for a cache of its own (cache_implementation={implementation!r}); "
-            "set it to None, because Louver replaces static and quantized caches"
+            f"the model asks for a {implementation!r} cache, which Louver would replace; "
+            "set model.generation_config.cache_implementation = None"
         )
     if not any(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers):
         warnings.warn(
@@ -54,7 +56,7 @@ def check_model(model: PreTrainedModel) -> None:
         )
 
 
-def check_call(module: nn.Module, key: Tensor, dropout: float, kwargs: dict[str, Any]) -> None:
+def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise an UnsupportedModelError if this call of the attention function asks for more than plain softmax attention."""
     for argument, what in _CHANGES_ATTENTION.items():
         if kwargs.get(argument) is not None:
@@ -62,10 +64,6 @@ def check_call(module: nn.Module, key: Tensor, dropout: float, kwargs: dict[str,
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(
             "output_attentions=True was asked for, but Louver never forms the attention weights"
-        )
-    if key.requires_grad or dropout:
-        raise UnsupportedModelError(
-            "Louver does not take part in training; call model.eval() and decode under torch.no_grad()"
         )
 
 
@@ -76,12 +74,18 @@ def check_states(keys: Tensor, values: Tensor) -> None:
             f"keys have head_dim={keys.shape[-1]} and values {values.shape[-1]}; "
             "different widths (as in multi-head latent attention) are not supported"
         )
-    if keys.requires_grad:
+    check_no_training(keys, 0.0)
+
+
+def check_no_training(keys: Tensor, dropout: float) -> None:
+    """Raise an UnsupportedModelError if somebody wants gradients, or dropout, through a LouverCache."""
+    if keys.requires_grad or dropout:
         raise UnsupportedModelError(
-            "Louver does not take part in training; call model.eval() and decode under torch.no_grad()"
+            "a LouverCache does not take part in training; call model.eval() and decode under torch.no_grad()"
         )
 
 
-def _name(config: PreTrainedConfig) -> str:
+def name_of(config: PreTrainedConfig) -> str:
+    """What to call the model in a message."""
     architectures = getattr(config, "architectures", None)
     return architectures[0] if architectures else f"a model of type {config.model_type!r}"

@@ -1,0 +1,133 @@
+"""Padding is read from the masks transformers builds; a mask that says anything else is obeyed densely."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from integrations.scenarios import as_argument, generate
+from integrations.tiny_models import llama
+from louver.errors import LouverWarning
+from louver.integrations.transformers import attach
+from louver.integrations.transformers.padding import NO_PADDING, PaddingReader, read_padding
+
+
+def mask_of(*rows: str) -> torch.Tensor:
+    """Bool [batch, 1, 1, kv_len] from rows such as "..###"."""
+    return torch.tensor([[letter == "#" for letter in row] for row in rows])[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [
+        (["#####"], ()),
+        (["..###", "#####"], (2, 0)),
+        ([".....", "....#"], (5, 4)),
+        (["###.."], None),
+        (["#.###"], None),
+        ([".#.##", "#####"], None),
+    ],
+)
+def test_read_padding(rows, counts):
+    padding = read_padding(mask_of(*rows))
+    if counts is None:
+        assert padding is None
+    else:
+        assert padding is not None and padding.counts == counts
+        assert padding.kv_start is None if counts == () else padding.kv_start.tolist() == list(counts)
+
+
+def test_read_padding_of_a_prompt():
+    causal = torch.ones(4, 4, dtype=torch.bool).tril()
+    prompt = torch.stack([causal, causal & (torch.arange(4) >= 2)])[:, None]
+    assert read_padding(prompt).counts == (0, 2)
+
+
+def test_read_padding_of_other_masks():
+    assert read_padding(None) is NO_PADDING
+    assert read_padding(torch.zeros(1, 1, 1, 5)) is None  # additive
+    assert read_padding(torch.ones(1, 2, 1, 5, dtype=torch.bool)) is None  # per head
+    assert read_padding(torch.ones(1, 5, dtype=torch.bool)) is None
+
+
+def test_reads_a_mask_once():
+    reader, mask = PaddingReader(), mask_of("..###")
+    assert reader(mask) is reader(mask)
+    assert reader(mask_of(".####")).counts == (1,)
+    assert reader(None) is NO_PADDING
+
+
+def test_selects_rows():
+    padding = read_padding(mask_of("..###", "#####", ".####")).select(torch.tensor([2, 2, 0]))
+    assert padding.counts == (1, 1, 2)
+    assert padding.kv_start.tolist() == [1, 1, 2]
+
+
+def decode(model, cache, ids, masks) -> torch.Tensor:
+    """Logits of several calls in a row, each with the mask given for it."""
+    with torch.no_grad():
+        calls = zip(ids, masks, strict=True)
+        return torch.cat([model(chunk, attention_mask=mask, **as_argument(cache)).logits for chunk, mask in calls], 1)
+
+
+def both_ways(ids, masks, layer):
+    """Logits by sdpa and by Louver, and Louver's cache."""
+    model = llama()
+    expected = decode(model, DynamicCache(config=model.config), ids, masks)
+    cache = attach(model, layer=layer)
+    return expected, decode(model, cache, ids, masks), cache
+
+
+def test_right_padding_is_attended_densely(prompts, layer):
+    prompt, steps = prompts.left_padded["input_ids"], list(prompts.follow_up[0].expand(3, -1)[..., None].unbind(1))
+    holes = torch.ones_like(prompt)
+    holes[1, -9:] = 0
+    masks = [holes]
+    for _ in steps:
+        masks.append(torch.nn.functional.pad(masks[-1], (0, 1), value=1))
+    with pytest.warns(LouverWarning, match="mask") as caught:
+        expected, logits, cache = both_ways([prompt, *steps], masks, layer)
+    torch.testing.assert_close(logits, expected)
+    assert len(caught) == 1
+    assert cache.stats.num_dense_calls == len(steps) * len(cache.served_layers)
+    assert cache.summary().num_steps == 0
+
+
+def test_padding_that_changes_is_attended_densely(prompts, layer):
+    prompt, mask = prompts.left_padded["input_ids"], prompts.left_padded["attention_mask"]
+    token = prompts.follow_up[:, :1].expand(3, 1)
+    longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+    with pytest.warns(LouverWarning, match="mask"):
+        expected, logits, cache = both_ways([prompt, token], [mask, torch.ones_like(longer)], layer)
+    torch.testing.assert_close(logits, expected)
+    assert cache.summary().num_steps == 0
+
+
+def test_left_padding_is_served(prompts, layer):
+    prompt, mask = prompts.left_padded["input_ids"], prompts.left_padded["attention_mask"]
+    ids, masks = [prompt[:, :-3], *prompt[:, -3:].split(1, 1)], [mask[:, : prompt.shape[1] - 3 + i] for i in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, logits, cache = both_ways(ids, masks, layer)
+    for row, length in enumerate(mask.sum(1)):  # what a padding token sees is nobody's business
+        torch.testing.assert_close(logits[row, -length:], expected[row, -length:], rtol=1e-4, atol=1e-5)
+    assert cache.summary().num_steps == 3 * len(cache.served_layers)
+
+
+def test_a_prompt_in_chunks_and_tokens_one_by_one(prompts, layer):
+    ids = prompts.single["input_ids"]
+    for chunks in ([11, 8, 1, 1, 9, 1], [1] * 20):
+        expected, logits, _ = both_ways(list(ids[:, : sum(chunks)].split(chunks, 1)), [None] * len(chunks), layer)
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_everything_cropped_leaves_no_padding_behind(prompts, layer):
+    model = llama()
+    single = generate(model, prompts.single, DynamicCache(config=model.config), 8)
+    cache = attach(model, layer=layer)
+    generate(model, prompts.left_padded, cache, 4)
+    cache.crop(-cache.get_seq_length())
+    assert cache.get_seq_length() == 0
+    assert torch.equal(generate(model, prompts.single, cache, 8), single)
+    assert cache.stats.num_dense_calls == 0
