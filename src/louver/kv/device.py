@@ -5,15 +5,12 @@ Concatenating all keys and values at every step costs more than attention itself
 O(1) amortised per token. A view stays valid until its tokens are truncated and written over.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from louver.errors import ShapeError
 from louver.shapes import Keys, PerRow, Values, check_keys_values
 
-_GROWTH = 1.25
 _ROUND_TOKENS = 64
 
 
@@ -37,17 +34,22 @@ class DeviceStore:
         self._kv_len: Tensor | None = None
         self._len = 0  # tokens held by the longest row: the length of the views
         self._ragged = False  # rows end at different positions
+        self._borrowed = False  # the buffers are somebody else's tensors
 
     @classmethod
     def wrap(
         cls, keys: Keys, values: Values | None = None, kv_start: PerRow | None = None, kv_len: PerRow | None = None
     ) -> "DeviceStore":
-        """A store over tensors that already exist, without a copy; row i holds tokens kv_start[i] .. kv_len[i]."""
+        """A store over tensors that already exist; row i holds tokens kv_start[i] .. kv_len[i].
+
+        Nothing is copied, and nothing written to the tensors: the first append moves to buffers of the store's own.
+        """
         check_keys_values(keys, values)
         store = cls()
         store._keys, store._values, store._len = keys, values, keys.shape[2]
         store._kv_start = _per_row(0 if kv_start is None else kv_start, keys)
         store._kv_len = _per_row(keys.shape[2] if kv_len is None else kv_len, keys)
+        store._borrowed = True
         store._ragged = bool((store._kv_len != keys.shape[2]).any())
         return store
 
@@ -93,7 +95,7 @@ class DeviceStore:
         """Tokens per row the buffers hold before they grow."""
         return 0 if self._keys is None else self._keys.shape[2]
 
-    def append(self, keys: Keys, values: Values | None) -> None:
+    def append(self, keys: Tensor, values: Tensor | None) -> None:
         """Add tokens [batch, num_kv_heads, new_len, head_dim] at the end of every row.
 
         Raises:
@@ -109,7 +111,7 @@ class DeviceStore:
             self._kv_start = _per_row(0, keys)
         self._check_fits(keys, values)
         end = self._len + new_len
-        if end > self.capacity:
+        if end > self.capacity or self._borrowed:
             self._resize(max(_rounded(end), _grown(self.capacity)))
         self._keys[:, :, self._len : end].copy_(keys)
         if values is not None:
@@ -153,6 +155,7 @@ class DeviceStore:
             new = _buffer(old, capacity, batch=len(rows))
             torch.index_select(old[:, :, : self._len], 0, rows, out=new[:, :, : self._len])
             setattr(self, name, new)
+        self._borrowed = False
 
     def _allocated(self) -> Tensor:
         if self._keys is None:
@@ -175,12 +178,12 @@ class DeviceStore:
             raise ShapeError("a store holds values for all of its tokens or for none of them")
 
 
-def _rounded(tokens: float) -> int:
-    return max(1, math.ceil(tokens / _ROUND_TOKENS)) * _ROUND_TOKENS
+def _rounded(tokens: int) -> int:
+    return max(1, -(-tokens // _ROUND_TOKENS)) * _ROUND_TOKENS
 
 
 def _grown(tokens: int) -> int:
-    return _rounded(tokens * _GROWTH)
+    return _rounded(tokens + tokens // 4)
 
 
 def _buffer(like: Tensor, capacity: int, batch: int | None = None) -> Tensor:

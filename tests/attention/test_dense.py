@@ -1,0 +1,71 @@
+"""DenseAttention against softmax written out in float64."""
+
+import pytest
+import torch
+
+from louver.attention import DenseAttention
+from louver.errors import NonFiniteError, ShapeError
+from louver.protocols import LayerAttention
+
+
+def attend_in_float64(q, keys, values, softmax_scale, kv_start):
+    """out and lse by the textbook."""
+    group_size = q.shape[1] // keys.shape[1]
+    q, keys, values = q.double(), keys.double().repeat_interleave(group_size, 1), values.double()
+    logits = torch.einsum("bhd,bhnd->bhn", q, keys) * softmax_scale
+    logits.masked_fill_((torch.arange(keys.shape[2]) < kv_start[:, None])[:, None], -torch.inf)
+    out = torch.einsum("bhn,bhnd->bhd", logits.softmax(-1), values.repeat_interleave(group_size, 1))
+    return out, logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 288])
+@pytest.mark.parametrize("kv_start", [None, [0, 3, 16]])
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_error_is_within_the_arithmetic_bound(group_size, kv_start, head_dim, dtype):
+    keys, values = torch.randn(2, 3, 2, 17, head_dim).to(dtype)
+    q = torch.randn(3, 2 * group_size, head_dim).to(dtype)
+    attention = DenseAttention()
+    attention.append(keys, values)
+    result = attention.attend(q, head_dim**-0.5, None if kv_start is None else torch.tensor(kv_start))
+    out, lse = attend_in_float64(q, keys, values, head_dim**-0.5, torch.tensor(kv_start or [0, 0, 0]))
+    error = (result.out.double() - out).norm(dim=-1)
+    assert result.out.dtype == dtype
+    assert (error <= result.arithmetic_bound).all()
+    assert (result.certificate == 0).all() and (result.dropped_mass_bound == 0).all()
+    torch.testing.assert_close(result.lse.double(), lse, rtol=1e-4, atol={torch.float32: 1e-5}.get(dtype, 5e-2))
+
+
+def test_is_a_layer_attention():
+    assert isinstance(DenseAttention(), LayerAttention)
+
+
+def test_stats_count_every_valid_key_once_per_kv_head():
+    attention = DenseAttention()
+    attention.append(torch.randn(2, 2, 10, 64), torch.randn(2, 2, 10, 64))
+    stats = attention.attend(torch.randn(2, 6, 64), 0.1, torch.tensor([0, 4])).stats
+    assert stats.num_keys.tolist() == [[10, 10], [6, 6]]
+    assert torch.equal(stats.num_exact, stats.num_keys) and torch.equal(stats.num_scanned, stats.num_keys)
+    assert not stats.num_coarse.any() and not stats.num_unread.any()
+    assert stats.bytes_dense.tolist() == [[10 * 256] * 2, [6 * 256] * 2]
+    assert stats.bytes_fraction == 1.0 and stats.fraction("exact") == 1.0
+
+
+def test_records_which_keys_were_exact():
+    attention = DenseAttention()
+    attention.append(torch.randn(2, 2, 5, 64), torch.randn(2, 2, 5, 64))
+    q = torch.randn(2, 4, 64)
+    assert attention.attend(q, 0.1).exact_mask is None
+    attention.record = True
+    assert attention.attend(q, 0.1).exact_mask.all()
+    mask = attention.attend(q, 0.1, torch.tensor([0, 2])).exact_mask
+    assert mask.shape == (2, 4, 5) and mask[1, 0].tolist() == [False, False, True, True, True]
+
+
+def test_refuses_a_query_that_does_not_fit():
+    attention = DenseAttention()
+    attention.append(torch.randn(2, 2, 5, 64), torch.randn(2, 2, 5, 64))
+    with pytest.raises(ShapeError, match="multiple"):
+        attention.attend(torch.randn(2, 3, 64), 0.1)
+    with pytest.raises(NonFiniteError):
+        attention.attend(torch.full((2, 4, 64), torch.nan), 0.1)
