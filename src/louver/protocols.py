@@ -73,12 +73,21 @@ class CutRule:
     unread_mass: float = 0.0
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What a decode step keeps. Pure tensor code: no ``.item()``, no shape that depends on data."""
 
     drops: ClassVar[bool]  # True: keys below the cut are dropped (retrieval). False: they keep an estimated weight.
-    sinks: int  # first tokens of each row that are always exact
-    recent: int  # last tokens of each row that are always exact
+
+    @property
+    def sinks(self) -> int:
+        """First tokens of each row that are always exact."""
+        ...
+
+    @property
+    def recent(self) -> int:
+        """Last tokens of each row that are always exact."""
+        ...
 
     def rule(self) -> CutRule | None:
         """The choice in declarative form; None where only ``cuts`` can say it (slower, never different in kind)."""
@@ -206,6 +215,7 @@ class KVStore(Protocol):
     def memory_bytes(self) -> int: ...
 
 
+@runtime_checkable
 class SelectionLike(Protocol):
     """The keys a search returned, ragged over rows batch * num_q_heads (compressed sparse rows)."""
 

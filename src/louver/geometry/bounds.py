@@ -17,11 +17,17 @@ def slice_lengths(head_dim: int, slice_dims: int) -> list[int]:
 
 
 def sliced_norms(
-    x: Float[Tensor, "*shape head_dim"], weight: Float[Tensor, "*#shape head_dim"], slice_dims: int
-) -> Float[Tensor, "*shape slices"]:
-    """sqrt(sum of x_d^2 weight_d) over each slice, safe from under- and overflow of the squares of x."""
-    peak = x.abs().amax(-1, keepdim=True)
-    peak = torch.where(peak > 0, peak, 1.0)
-    y = (x / peak).square() * weight
-    parts = y.split(slice_lengths(x.shape[-1], slice_dims), -1)
-    return torch.stack([p.sum(-1) for p in parts], -1).sqrt() * peak
+    x: Float[Tensor, "*#shape head_dim"], weight: Float[Tensor, "*#shape head_dim"], slice_dims: int
+) -> Float[Tensor, "*broadcast slices"]:
+    """sqrt(sum of x_d^2 weight_d) over each slice, safe from under- and overflow of the squares of x.
+
+    The scale that keeps the squares in range is the slice's own: one for all of x would let a slice that is small beside
+    another vanish, and its bound with it.
+    """
+    lengths = slice_lengths(x.shape[-1], slice_dims)
+    norms = []
+    for part, part_weight in zip(x.split(lengths, -1), weight.split(lengths, -1), strict=True):
+        peak = part.abs().amax(-1, keepdim=True)
+        peak = torch.where(peak > 0, peak, 1.0)
+        norms.append(((part / peak).square() * part_weight).sum(-1).sqrt() * peak[..., 0])
+    return torch.stack(norms, -1)

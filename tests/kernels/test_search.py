@@ -1,0 +1,97 @@
+"""search and bounds, for every backend: nothing above tau is lost, and every bound holds."""
+
+import pytest
+import torch
+from hypothesis import given
+
+from helpers import (
+    Case,
+    absolute_scores,
+    assert_extras_within_slack,
+    assert_nothing_lost,
+    build_case,
+    some_taus,
+    true_scores,
+)
+from louver.kernels import available_backends, get_ops
+from strategies import cases, seeds
+
+backends = pytest.mark.parametrize("backend", available_backends())
+
+
+def sketched_truth(case: Case, width: int) -> torch.Tensor:
+    """True scores in row coordinates, [batch, num_q_heads, width]; NaN past a row's end."""
+    scores = true_scores(case)
+    out = scores.new_full((*scores.shape[:2], width), torch.nan)
+    for row, (start, end) in enumerate(zip(case.kv_start.tolist(), case.kv_len.tolist(), strict=True)):
+        part = scores[row, :, start : min(end, start + width)]
+        out[row, :, : part.shape[-1]] = part
+    return out
+
+
+@backends
+@given(case=cases(), seed=seeds())
+def test_search_loses_nothing(backend, case, seed):
+    index = case.index(backend)
+    for tau in some_taus(case, seed):
+        selected = index.search(case.q, tau).mask(case.keys.shape[2])
+        assert_nothing_lost(selected, case, tau)
+        assert_extras_within_slack(selected, case, tau)
+
+
+@backends
+@given(case=cases())
+def test_bounds_contain_the_real_score(backend, case):
+    index = case.index(backend)
+    bounds = get_ops(backend).bounds(
+        case.q, case.keys, index.sketch, case.kv_start, case.kv_len, case.softmax_scale
+    )
+    undecided = bounds.undecided.repeat_interleave(case.group_size, 1)
+    truth = sketched_truth(case, undecided.shape[-1])
+    assert not (undecided & torch.isnan(truth)).any(), "a key past its row's end is undecided"
+    fuzz = case.q.shape[2] * 2.0**-52 * truth.abs()
+    assert not (undecided & (truth - fuzz > bounds.upper.double())).any()
+    assert not (undecided & (truth + fuzz < bounds.lower.double())).any()
+
+
+@backends
+@given(case=cases(), seed=seeds())
+def test_search_answers_in_csr_form(backend, case, seed):
+    tau = some_taus(case, seed)[0]
+    found = case.index(backend).search(case.q, tau)
+    assert found.indptr[0] == 0 and found.indptr[-1] == found.indices.numel() == found.scores.numel()
+    truth = true_scores(case)
+    for batch in range(case.q.shape[0]):
+        for head in range(case.q.shape[1]):
+            indices, scores = found.row(batch, head)
+            assert (indices.diff() > 0).all()
+            error = (scores.double() - truth[batch, head, indices]).abs()
+            allowed = 1.1 * (case.q.shape[2] + 1) * 2.0**-24 * absolute_scores(case)[batch, head, indices] + 2.0**-96
+            assert (error <= allowed).all()
+    assert (found.num_scanned <= found.num_keys[:, None]).all()
+
+
+@backends
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_a_key_that_is_not_finite_is_always_read_and_harms_no_other(backend, bad, where):
+    case = build_case(3, kv_len=40, batch=1)
+    getattr(case, where)[0, :, 5, 7] = bad
+    index = case.index(backend)
+    bounds = get_ops(backend).bounds(case.q, case.keys, index.sketch, case.kv_start, case.kv_len, 1.0)
+    assert not bounds.undecided[:, :, 5].any()
+    assert bounds.undecided[:, :, :32].sum() == 2 * 31
+    selected = index.search(case.q, torch.full(case.q.shape[:2], 1e30)).mask(40)
+    assert selected[:, :, 5].all() == (where == "keys")
+    clean = torch.arange(40) != 5
+    tau = torch.zeros(case.q.shape[:2])
+    found = index.search(case.q, tau).mask(40)
+    assert torch.equal(found[..., clean], (true_scores(case) >= 0)[..., clean])
+
+
+@backends
+def test_ties_at_tau_are_all_returned(backend):
+    case = build_case(1, kv_len=200, traits=frozenset({"lattice", "duplicates"}))
+    for tau in some_taus(case, 0):
+        selected = case.index(backend).search(case.q, tau).mask(200)
+        assert torch.equal(selected | (true_scores(case) < tau.double()[..., None]), torch.ones_like(selected))
