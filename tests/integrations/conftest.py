@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from integrations.scenarios import Prompts
-from integrations.tiny_models import FAMILIES, VOCAB
+from integrations.tiny_models import VOCAB
 from louver.attention import DenseAttention, LouverAttention
 from louver.sketch.layout import SketchConfig
 
@@ -27,11 +27,6 @@ def _one_thread():
 def layer(request):
     """A factory layer_idx -> LayerAttention."""
     return SERVED_BY[request.param]
-
-
-@pytest.fixture(params=FAMILIES)
-def tiny_model(request):
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture(scope="session")

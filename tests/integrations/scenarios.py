@@ -76,12 +76,24 @@ def second_turn(model, prompts: Prompts, cache: Cache) -> Tensor:
 
 
 def crop_and_regenerate(model, prompts: Prompts, cache: Cache) -> Tensor:
-    """Go back into the prompt and on from there. Sliding layers must be told before that they will have to go back."""
-    cache.activate_past_recording()
+    """Go back into the prompt and on from there. (A sliding window has forgotten what it would need for that.)"""
     generate(model, prompts.single, cache, 10)
     keep = prompts.rows[0].shape[0] - 3
     cache.crop(keep - cache.get_seq_length())
     return generate(model, _continue(prompts.single["input_ids"][:, :keep], prompts.follow_up), cache, 10)
+
+
+def roll_back(model, prompts: Prompts, cache: Cache) -> Tensor:
+    """Take back some of the last call's tokens, as assisted decoding does after every call."""
+    generate(model, prompts.single, cache, 10)
+    cache.activate_past_recording()
+    tokens, calls = [], [prompts.follow_up] + [None] * 10
+    with torch.no_grad():
+        for call in calls:
+            logits = model(tokens[-1] if call is None else call, **as_argument(cache)).logits
+            cache.crop(0 if call is None else -4)
+            tokens.append(logits[:, -1 if call is None else -5].argmax(-1, keepdim=True))
+    return torch.cat(tokens, 1)
 
 
 def deepcopy_and_continue(model, prompts: Prompts, cache: Cache) -> Tensor:
@@ -113,6 +125,7 @@ SCENARIOS: list[Callable[[PreTrainedModel, Prompts, Cache], Tensor]] = [
     padded_beams,
     second_turn,
     crop_and_regenerate,
+    roll_back,
     deepcopy_and_continue,
     prompt_lookup,
     repeated_rows,

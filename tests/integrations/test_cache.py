@@ -70,7 +70,8 @@ def test_lengths_and_states(model, prompts):
     assert cache.get_seq_length() == longest
     assert cache.get_mask_sizes(5, 0) == dynamic.get_mask_sizes(5, 0) == (longest + 5, 0)
     assert cache.get_max_length() == -1
-    assert not cache.is_compileable and cache.is_croppable
+    assert not cache.is_compileable
+    assert all(layer.is_croppable and not layer.is_compileable for layer in cache.layers)
     for ours, theirs in zip(cache.layers, dynamic.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys)
         torch.testing.assert_close(ours.values, theirs.values)
@@ -87,7 +88,7 @@ def test_crop(model, prompts, layer):
     assert cache.get_seq_length() == length
     with pytest.raises(ValueError, match="negative number"):
         cache.crop(3)
-    cache.crop(-3)
+    cache.crop(torch.tensor(-3))  # as transformers before 5.18 does
     assert cache.get_seq_length() == length - 3
     torch.testing.assert_close(cache.layers[0].keys, keys[:, :, :-3])
     cache.crop(-1000)

@@ -45,7 +45,7 @@ def louver_attention_forward(
     layer = layer_of(key)
     if layer is not None:
         check_no_training(key, dropout)
-        out = _ask(layer, query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling)
+        out = _ask(layer, query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
         if out is not None:
             return out[:, None], None
     out, _ = sdpa_attention_forward(

@@ -161,6 +161,7 @@ class LouverLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last -tokens_to_remove tokens; 0 removes none, and a positive number is an error as in transformers."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers before 5.18 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop takes the number of tokens to remove as a negative number, got {tokens_to_remove}; "
