@@ -1,0 +1,23 @@
+"""The Triton backend: the ops of a decode step on a GPU.
+
+``step``, ``encode_block`` and ``attend_dense`` are kernels. The others are asked for outside the hot path (a search by hand, a policy
+without a rule) and run the reference's tensor code on the device.
+"""
+
+from louver.kernels.reference import attend_selection, attend_tiers, bounds, merge, resolve, score, search
+from louver.kernels.triton.dense import attend_dense
+from louver.kernels.triton.encode import encode_block
+from louver.kernels.triton.step import step
+
+__all__ = [
+    "attend_dense",
+    "attend_selection",
+    "attend_tiers",
+    "bounds",
+    "encode_block",
+    "merge",
+    "resolve",
+    "score",
+    "search",
+    "step",
+]
