@@ -137,15 +137,16 @@ def true_attention(case: Case, kept: Tensor | None = None) -> Tensor:
     """Softmax attention in float64 over the valid tokens (of those kept); 0 where there are none."""
     logits = true_scores(case) * case.softmax_scale
     present = case.valid() if kept is None else case.valid() & kept
-    logits = torch.where(present, logits, -torch.inf)
-    weights = torch.nan_to_num(logits.softmax(-1), nan=0.0) if logits.shape[-1] else logits
-    return (grouped(weights, case) @ case.values.double()).flatten(1, 2)
+    weights = torch.where(present, logits, -torch.inf).softmax(-1)
+    weights = torch.where(present, weights, 0.0)  # a row without tokens has no softmax
+    values = torch.where(case.valid()[..., None], case.values.double(), 0.0)
+    return (grouped(weights, case) @ values).flatten(1, 2)
 
 
 def true_masses(case: Case) -> Tensor:
     """Each key's share of the softmax mass, float64 [batch, num_q_heads, kv_len]."""
     logits = torch.where(case.valid(), true_scores(case) * case.softmax_scale, -torch.inf)
-    return torch.nan_to_num(logits.softmax(-1), nan=0.0) if logits.shape[-1] else logits
+    return torch.where(case.valid(), logits.softmax(-1), 0.0)
 
 
 def some_taus(case: Case, seed: int) -> list[Tensor]:
@@ -189,5 +190,14 @@ def within_certificate(case: Case, result) -> Tensor:
 
 def policies_to_try(kv_len: int) -> list[BasePolicy]:
     specs = ["exact:0.01", "exact:0.2+sinks:2+recent:3", "exact:1.0", "exact:0.05+unread:0", "exact:0.05+unread:0.9"]
-    specs += ["topk:1", "topk:5", f"topk:{kv_len + 1}", "budget:0.1", "budget:0.5+recent:4", "fixed:0", "fixed:3.5", "dense"]
+    specs += [
+        "topk:1",
+        "topk:5",
+        f"topk:{kv_len + 1}",
+        "budget:0.1",
+        "budget:0.5+recent:4",
+        "fixed:0",
+        "fixed:3.5",
+        "dense",
+    ]
     return [parse(s) for s in specs]

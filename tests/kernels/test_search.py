@@ -43,9 +43,7 @@ def test_search_loses_nothing(backend, case, seed):
 @given(case=cases())
 def test_bounds_contain_the_real_score(backend, case):
     index = case.index(backend)
-    bounds = get_ops(backend).bounds(
-        case.q, case.keys, index.sketch, case.kv_start, case.kv_len, case.softmax_scale
-    )
+    bounds = get_ops(backend).bounds(case.q, case.keys, index.sketch, case.kv_start, case.kv_len, case.softmax_scale)
     undecided = bounds.undecided.repeat_interleave(case.group_size, 1)
     truth = sketched_truth(case, undecided.shape[-1])
     assert not (undecided & torch.isnan(truth)).any(), "a key past its row's end is undecided"

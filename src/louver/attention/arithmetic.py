@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from louver.geometry.rounding import UNIT_OF, gamma, logit_slack
+from louver.geometry.rounding import UNIT_OF, gamma, logit_slack, norm_above
 from louver.shapes import Keys, PerQueryHead, Query, Values
 
 SMALLEST_NORMAL = {torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
@@ -16,18 +16,28 @@ def attention_arithmetic(
     """Bound on |computed - real| for softmax attention over num_terms keys per head, accumulated in float32.
 
     Each logit is off by at most d nats, so each weight by a factor e^d, which moves the output by at most
-    (e^(2d) - 1) 2 max|v|; the sums add 2 gamma(n) max|v|, the output's dtype one rounding.
+    (e^(2d) - 1) 2 max|v|; the sums add 2 gamma(n) max|v|, the output's dtype one rounding. A fused kernel also rounds each weight
+    to the dtype of q before it multiplies the values, and where it is subnormal there the error is absolute.
     """
     group_size = q.shape[1] // keys.shape[1]
-    reach = q.float().norm(dim=-1) * _largest_norm(keys, group_size) * (1 + 1e-5)
-    off = 1.01 * softmax_scale * gamma(q.shape[2] + 2) * reach + logit_slack(2 * softmax_scale * reach)
-    largest = _largest_norm(values, group_size) * (1 + 1e-5)
-    sums = 2 * gamma(num_terms.double().clamp_min(1) + 8).float()
-    tiny = q.shape[2] ** 0.5 * SMALLEST_NORMAL[q.dtype] * UNIT_OF[q.dtype]
-    return torch.expm1(2 * off) * 2 * largest + (sums + UNIT_OF[q.dtype]) * largest + tiny
+    off = logit_error(q, keys, softmax_scale)
+    largest = largest_norm(values, group_size)
+    num_terms = num_terms.double().clamp_min(1)
+    unit, tiny = UNIT_OF[q.dtype], SMALLEST_NORMAL[q.dtype] * UNIT_OF[q.dtype]
+    sums = (2 * gamma(num_terms + 8) + num_terms * tiny).float()
+    weights = 0.0 if q.dtype == torch.float32 else 2 * unit
+    bound = (2 * torch.expm1(2 * off) * (1 + weights) + sums + weights + unit) * largest
+    return bound * (1 + 1e-5) + q.shape[2] ** 0.5 * tiny
 
 
-def _largest_norm(x: Tensor, group_size: int) -> Float[Tensor, "batch num_q_heads"]:
-    norm = torch.nan_to_num(x.float()).norm(dim=-1)
+def logit_error(q: Query, keys: Keys, softmax_scale: float) -> PerQueryHead:
+    """Largest error of a logit less the shift, and of its exponential, in nats, for any key of the cache."""
+    reach = norm_above(q.float()) * largest_norm(keys, q.shape[1] // keys.shape[1])
+    return 1.01 * softmax_scale * gamma(q.shape[2] + 8) * reach + logit_slack(2 * softmax_scale * reach)
+
+
+def largest_norm(x: Tensor, group_size: int) -> Float[Tensor, "batch num_q_heads"]:
+    """At least the norm of every key or value of a query head's KV head; 0 where there are none."""
+    norm = norm_above(torch.nan_to_num(x.float()))
     largest = norm.amax(-1) if norm.shape[-1] else norm.new_zeros(norm.shape[:-1])
     return largest.repeat_interleave(group_size, 1)

@@ -6,10 +6,10 @@ The sketch has a fused path of its own (kernels attend_tiers); this one serves e
 import torch
 from torch import Tensor
 
-from louver.attention.arithmetic import attention_arithmetic
+from louver.attention.arithmetic import attention_arithmetic, largest_norm, logit_error
 from louver.attention.dense import plain_stats
 from louver.errors import PolicyError
-from louver.geometry.rounding import score_slack
+from louver.geometry.rounding import gamma, norm_above, score_slack
 from louver.kernels import get_ops
 from louver.kernels.reference.attend import nth_best
 from louver.kernels.reference.search import csr_rows, score
@@ -45,21 +45,24 @@ def attend_retrieval(
     indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
     out, lse = get_ops("reference").attend_selection(q, keys, values, indptr, flat.nonzero()[:, 1], scale)
 
-    left_out = valid.sum(-1) - mask.sum(-1)
-    ceiling = tau.double() * scale + left_out.clamp_min(1).double().log()
-    share = torch.where(
-        left_out > 0, torch.sigmoid(ceiling - lse.double() + 1e-3), 0.0
-    ).float()  # 1e-3 nats: arithmetic
-    value_norm = torch.where(valid[..., None], values.float(), 0.0).norm(dim=-1)
     group_size = q.shape[1] // keys.shape[1]
-    largest = value_norm.amax(-1).repeat_interleave(group_size, 1) * (1 + 1e-5)
-    certificate = torch.where(left_out > 0, share * (largest + out.float().norm(dim=-1) * 1.02), 0.0)
+    arithmetic = attention_arithmetic(q, keys, values, scale, mask.sum(-1))
+    left_out = valid.sum(-1) - mask.sum(-1)
+    # Every key left out scores below tau: their mass is at most left_out e^(scale tau).
+    ceiling = tau.double() * scale + left_out.clamp_min(1).double().log()
+    floor = lse.double() - logit_error(q, keys, scale) - lse.abs() * 2.0**-22 - 1e-5 - gamma(mask.sum(-1).double() + 8)
+    share = (torch.sigmoid(ceiling - floor).float() * (1 + 1e-5) + 2.0**-125).clamp_max(1.0)
+    share = torch.where(left_out > 0, torch.where(torch.isnan(share), 1.0, share), 0.0)
+    # A convex combination of values is no longer than the longest of them.
+    largest = largest_norm(torch.where(valid[..., None], values.float(), 0.0), group_size)
+    reach = largest + torch.minimum(largest, norm_above(out.float()) + arithmetic)
+    certificate = torch.where(left_out > 0, share * reach * (1 + 1e-5), 0.0)
     return AttendResult(
         out=out,
         lse=lse,
         stats=_stats(found, mask, valid, index, group_size),
         certificate=certificate,
-        arithmetic_bound=attention_arithmetic(q, keys, values, scale, mask.sum(-1)),
+        arithmetic_bound=arithmetic,
         dropped_mass_bound=share,
         tau=tau,
         exact_mask=mask if record else None,
@@ -87,7 +90,7 @@ def _scores(q: Query, keys: Keys, found: SelectionLike) -> tuple[Tensor, Tensor,
     rows = csr_rows(found.indptr, found.indices.numel())
     absolute = score(q.abs(), keys.abs(), found.indptr, found.indices)
     mask = torch.zeros(found.indptr.numel() - 1, keys.shape[2], dtype=torch.bool, device=q.device)
-    scores, slack = (torch.zeros(mask.shape, device=q.device) for _ in range(2))
+    scores, slack = (torch.zeros(mask.shape, dtype=torch.float32, device=q.device) for _ in range(2))
     mask[rows, found.indices] = True
     scores[rows, found.indices] = found.scores
     slack[rows, found.indices] = score_slack(absolute, q.shape[2])

@@ -1,9 +1,10 @@
 """Rounding: every slack Louver adds so that a bound computed in floating point is still a bound. Nothing else rounds.
 
 Standard model (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a float32 operation returns the exact result
-times (1 + e), |e| <= u = 2^-24, and a sum or dot product of n terms in any order has relative error at most
-gamma(n) = n u / (1 - n u) against the sum of absolute values. Underflow adds at most 2^-126 per operation, which ABSOLUTE
-covers for every head_dim up to 2^20 and every factor up to 2^6 below the float16 range. The proofs are in docs/guarantee.md.
+times (1 + e), |e| <= u = 2^-24, and a sum or dot product of n terms in any order, with or without fused multiply-add, has an
+error of at most gamma(n) = n u / (1 - n u) times the sum of absolute values. An operation whose result underflows is off by
+2^-126 more at most, even where subnormals are flushed to zero; ABSOLUTE covers the sum of all of those. docs/guarantee.md,
+section 4, proves each constant, for head_dim up to 4,096.
 """
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 UNIT = 2.0**-24  # unit roundoff of float32
 ABSOLUTE = 2.0**-96  # covers underflow in any of the sums below
-SAFETY = 1.001  # covers the rounding of the slack's own computation, itself a sum of a few hundred positive terms
+SAFETY = 1.001  # covers the rounding of the slack's own computation, itself a sum of a few thousand positive terms
+LARGEST_SUM = 2.0**126  # no partial sum overflows where the absolute terms add up to less
 
 UNIT_OF = {torch.float32: UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
@@ -25,16 +27,18 @@ def gamma(n: int | Tensor, unit: float = UNIT):
 def score_slack(absolute_score: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
     """Largest error of a float32 dot product over head_dim terms, given the dot product of the absolute values.
 
-    Source: Higham, (3.5). Shape and unit (score) are those of the input.
+    Covers one more rounding, that of adding the slack to the score. +inf where the dot product may have overflowed. Source:
+    Higham, (3.5). Shape and unit (score) are those of the input.
     """
-    return SAFETY * gamma(head_dim + 1) * absolute_score + ABSOLUTE
+    slack = SAFETY * gamma(head_dim + 1) * absolute_score + ABSOLUTE
+    return torch.where(absolute_score < LARGEST_SUM, slack, torch.inf)
 
 
 def estimate_slack(frame_reach: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
     """Largest error of an estimated score q . (center + (code - 8) scale) in float32.
 
     frame_reach is sum_d |q_d| (|center_d| + 8 scale_d), the largest sum of absolute terms any code can give. Two roundings
-    build each term's factor, head_dim more the dot product.
+    build each decoded channel, head_dim more the dot product.
     """
     return SAFETY * gamma(head_dim + 4) * frame_reach + ABSOLUTE
 
@@ -47,14 +51,21 @@ def radius_inflation(head_dim: int) -> float:
 def logit_slack(magnitude: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Error in nats of fl(exp(scale * score - shift)), given |scale * score| + |shift| (nats).
 
-    Three roundings of the argument, and an exponential good to 2^-21 (four float32 ulps; torch and SLEEF promise one).
+    Four roundings of the argument (scale itself is rounded too) and one of second-order terms, and an exponential good to
+    2^-21 (four float32 ulps; torch and SLEEF promise one).
     """
-    return 4 * UNIT * magnitude + 2.0**-21
+    return 5 * UNIT * magnitude + 2.0**-21
 
 
 def sum_inflation(num_terms: int) -> float:
     """Factor that makes a computed sum of non-negative float32 terms at least its real value."""
     return 1 + SAFETY * gamma(num_terms + 8)
+
+
+def norm_above(x: Float[Tensor, "*shape dims"]) -> Float[Tensor, "*shape"]:
+    """At least the Euclidean norm over the last axis of float32 vectors; +inf where a square overflows."""
+    dims = x.shape[-1]
+    return x.norm(dim=-1) * (1 + SAFETY * gamma(dims + 8)) + dims**0.5 * 2.0**-62
 
 
 def round_up_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -139,7 +139,7 @@ def empty_sketch(
         "key_scale": new(*lead, dims, dtype=torch.uint8),
         "key_radius": new(*lead, config.frame_len, slices, dtype=torch.uint8),
         "radius_unit": new(*lead, slices, dtype=torch.float32),
-        "value_mean": torch.zeros(batch, num_kv_heads, dims, device=device),
+        "value_mean": torch.zeros(batch, num_kv_heads, dims, dtype=torch.float32, device=device),
         "value_spread": new(*lead, dtype=torch.float32),
     }
     values = {
@@ -152,7 +152,7 @@ def empty_sketch(
         config=config,
         head_dim=head_dim,
         num_blocks=torch.zeros(batch, dtype=torch.int32, device=device),
-        query_weight=torch.ones(batch, num_kv_heads, dims, device=device),
+        query_weight=torch.ones(batch, num_kv_heads, dims, dtype=torch.float32, device=device),
         **keys,
         **(values if config.values else {}),
     )

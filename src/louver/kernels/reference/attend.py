@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from louver.geometry.rounding import score_slack
+from louver.geometry.rounding import norm_above, score_slack
 from louver.kernels.ops import Bounds, TierOutput
 from louver.kernels.reference.certificate import Tiers, certify, dropped_mass
 from louver.kernels.reference.paging import contiguous
+from louver.kernels.reference.product import matmul
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
 from louver.kernels.reference.search import csr_rows, score
 from louver.protocols import COUNTS, Cuts
@@ -32,7 +33,7 @@ def attend_dense(
     logits = torch.where(valid_rows(length, longest), scores * softmax_scale, -torch.inf)
     lse = torch.logsumexp(logits, -1) if longest else logits.new_full(logits.shape[:2], -torch.inf)
     weights = torch.exp(logits - torch.where(torch.isneginf(lse), 0.0, lse)[..., None])
-    out = (weights.unflatten(1, (k.shape[1], -1)) @ v.float()).flatten(1, 2)
+    out = matmul(weights.unflatten(1, (k.shape[1], -1)), v.float()).flatten(1, 2)
     return out.to(q.dtype), lse
 
 
@@ -85,7 +86,7 @@ def attend_tiers(
     scores, absolute = exact_scores(q, k)
     slack = score_slack(absolute, q.shape[2])
 
-    def widen(x: Tensor, fill: float) -> Tensor:
+    def widen(x: Tensor, fill: float | bool) -> Tensor:
         return torch.nn.functional.pad(x, (0, longest - x.shape[-1]), value=fill)
 
     undecided = widen(bounds.undecided, False)  # batch kv_heads longest
@@ -121,7 +122,7 @@ def attend_tiers(
         half_width=torch.where(exact, slack, widen(bounds.half_width, 0.0)),
         values=_mix_values(share(exact), share(coarse), v, sketch, group_size),
         sketch=sketch,
-        exact_norm=v.norm(dim=-1),
+        exact_norm=norm_above(v),
         softmax_scale=softmax_scale,
     )
     out, lse, certificate, arithmetic = certify(tiers, q.dtype)
@@ -129,7 +130,7 @@ def attend_tiers(
     if drop:
         ceiling = torch.where(above, torch.minimum(upper, scores + slack), upper)
         left_out = valid_rows(length, longest) & ~exact
-        dropped, certificate = dropped_mass(tiers, left_out, ceiling, out)
+        dropped, certificate = dropped_mass(tiers, left_out, ceiling, out, arithmetic)
 
     frame_len = sketch.config.frame_len
     closed = (torch.arange(longest, device=q.device) < (sketch.num_blocks * frame_len)[:, None])[:, None]

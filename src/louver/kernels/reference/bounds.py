@@ -9,6 +9,7 @@ from louver.geometry.metric import inverse_weight
 from louver.geometry.rounding import UNIT, estimate_slack, radius_inflation, score_slack
 from louver.kernels.ops import Bounds
 from louver.kernels.reference.paging import contiguous
+from louver.kernels.reference.product import matmul
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, valid_rows
 from louver.protocols import BoundSummary
 from louver.shapes import Keys, PerRow, Query
@@ -58,7 +59,7 @@ def bounds(
 
 
 def _frame_bounds(q: Query, sketch: Sketch, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Estimates and half-widths [batch, num_q_heads, num_blocks * frame_len]; DESIGN of the bound in docs/guarantee.md, 3-5."""
+    """Estimates and half-widths [batch, num_q_heads, num_blocks * frame_len]; docs/guarantee.md, 2-4."""
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads, frame_len = sketch.key_codes.shape[1], sketch.config.frame_len
     x = torch.nn.functional.pad(q.float(), (0, sketch.dims - head_dim)).unflatten(1, (num_kv_heads, -1))
@@ -70,17 +71,18 @@ def _frame_bounds(q: Query, sketch: Sketch, num_blocks: int) -> tuple[Tensor, Te
         sketch.key_center[:, :, :num_blocks],
         sketch.key_scale[:, :, :num_blocks],
     )
-    estimate = x @ sketched.flatten(2, 3).transpose(-1, -2)  # batch kv_heads group keys
+    estimate = matmul(x, sketched.flatten(2, 3).transpose(-1, -2))  # batch kv_heads group keys
 
     inverse = inverse_weight(scale, sketch.query_weight[:, :, None], sketch.config.metric)
     norms = sliced_norms(
         x[:, :, None], inverse[:, :, :, None], sketch.config.slice_dims
     )  # batch kv blocks group slices
-    reach = (norms * sketch.radius_unit[:, :, :num_blocks, None]) @ sketch.key_radius[
-        :, :, :num_blocks
-    ].float().transpose(-1, -2)
-    slack = estimate_slack(x.abs() @ (center.abs() + 8 * scale).transpose(-1, -2), head_dim)  # batch kv group blocks
-    half_width = (reach * radius_inflation(head_dim)).transpose(2, 3) + slack[..., None]
+    radius = sketch.key_radius[:, :, :num_blocks].float().transpose(-1, -2)
+    reach = matmul(norms * sketch.radius_unit[:, :, :num_blocks, None], radius)  # batch kv blocks group frame_len
+    slack = estimate_slack(matmul(x.abs(), (center.abs() + 8 * scale).transpose(-1, -2)), head_dim)
+    half_width = (reach * radius_inflation(head_dim)).transpose(2, 3) + slack[
+        ..., None
+    ]  # batch kv group blocks frame_len
     half_width = half_width.flatten(3, 4)
     half_width = half_width + 2 * UNIT * (estimate.abs() + half_width)  # adding the two rounds once more
     shape = (batch, num_q_heads, num_blocks * frame_len)
@@ -98,7 +100,7 @@ def summarize(
 ) -> BoundSummary:
     """Histograms of undecided bounds; decided_lower are the scores of all keys less their rounding, read where decided."""
     upper, lower = estimate + half_width, estimate - half_width
-    known = torch.where(decided, torch.nan_to_num(decided_lower, nan=-torch.inf), -torch.inf)
+    known = torch.where(decided & ~torch.isnan(decided_lower), decided_lower, -torch.inf)
     edges = _edges(torch.where(undecided, upper, torch.nan))
     bins = edges.shape[-1] - 1
 
@@ -151,6 +153,7 @@ def _edges(upper: Float[Tensor, "batch heads sketched"]) -> Float[Tensor, "batch
     inner = torch.cat(
         [high[..., None] + (mean - high)[..., None] * top, mean[..., None] + (low - mean)[..., None] * rest], -1
     )
-    inner = inner.cummin(-1).values  # rounding must not make an edge rise
+    # Rounding must not make an edge rise, nor overflow in a spread of 2^128 leave a hole.
+    inner = torch.nan_to_num(inner, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).cummin(-1).values
     ends = inner.new_full((*lead, 1), torch.inf)
     return torch.cat([ends, inner, -ends], -1)

@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from louver.geometry.rounding import UNIT, UNIT_OF, gamma, logit_slack, sum_inflation
+from louver.geometry.rounding import gamma, logit_slack, norm_above, sum_inflation
+from louver.kernels.reference.product import matmul
 from louver.sketch.layout import SCALES, Sketch
 
+TINY = 2.0**-125  # more than underflow can take from a weight
 SUM_BLOCK = 128  # terms summed at once, then the partial sums: the error grows with their sum, not their product
 
 
@@ -22,7 +24,7 @@ class Tiers(NamedTuple):
     half_width: Float[Tensor, "batch num_q_heads n"]
     values: Float[Tensor, "batch num_kv_heads n head_dim"]  # what each weight is multiplied with
     sketch: Sketch
-    exact_norm: Float[Tensor, "batch num_kv_heads n"]  # |v|
+    exact_norm: Float[Tensor, "batch num_kv_heads n"]  # |v| or a little more
     softmax_scale: float
 
 
@@ -39,15 +41,15 @@ def certify(tiers: Tiers, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     weight = torch.exp(logits - shift)
     off = tiers.half_width * tiers.softmax_scale
     off = off + logit_slack(torch.where(tiers.present, logits.abs(), 0.0) + off + shift.abs())
-    ceiling = torch.where(tiers.present, torch.exp(logits - shift + off), 0.0)
-    floor = torch.where(tiers.present, torch.exp(logits - shift - off), 0.0)
+    ceiling = torch.where(tiers.present, torch.exp(logits - shift + off) + TINY, 0.0)
+    floor = torch.where(tiers.present, (torch.exp(logits - shift - off) - TINY).clamp_min(0), 0.0)
     total = _sum(weight)
     safe_total = torch.where(total > 0, total, 1.0)
     num_kv_heads = tiers.values.shape[1]
     out = _weighted_sum(weight, tiers.values) / safe_total[..., None]
     lse = torch.where(total > 0, shift[..., 0] + safe_total.log(), -torch.inf)
 
-    num_terms = SUM_BLOCK + -(-logits.shape[-1] // SUM_BLOCK) + 8
+    num_terms = SUM_BLOCK + -(-logits.shape[-1] // SUM_BLOCK) + 8  # 8: what is done to a term before it is added
     inflate = sum_inflation(num_terms)
     floor_total = _sum(floor) / inflate
     floor_total = torch.where(total > 0, floor_total, 1.0)
@@ -55,49 +57,58 @@ def certify(tiers: Tiers, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     spread, error, reach = (_per_query_head(x, tiers) for x in _value_distances(tiers))
     size = _per_query_head(torch.where(_shared(tiers.exact, num_kv_heads), tiers.exact_norm, 0.0), tiers)
     used = torch.where(tiers.exact, size, reach)
-    out_norm = out.norm(dim=-1) * (1 + 1e-5)
+    out_norm = norm_above(out)
     accumulation = gamma(num_terms + 4) * (_sum(weight * used) * inflate / safe_total + 2 * out_norm)
 
     sketched = tiers.present & ~tiers.exact
     mean = tiers.sketch.value_mean[:, :, : out.shape[-1]].repeat_interleave(out.shape[1] // num_kv_heads, 1)
-    away = ((mean - out).norm(dim=-1) * (1 + 1e-5) + accumulation)[..., None]
-    surplus = (ceiling - weight) + 4 * UNIT * ceiling
+    away = (norm_above(mean - out) + accumulation)[..., None]
+    surplus = torch.maximum(ceiling - weight, weight - floor)  # |true weight - weight|, at most
     certificate = torch.where(sketched, surplus * (spread + away) + weight * error, 0.0)
-    rounding = torch.where(tiers.exact & tiers.present, surplus * (size + out_norm[..., None]), 0.0)
+    nearby = size + (out_norm + accumulation)[..., None]
+    rounding = torch.where(tiers.exact & tiers.present, surplus * nearby, 0.0)
     certificate = _sum(certificate) * inflate / floor_total
     arithmetic = _sum(rounding) * inflate / floor_total + accumulation
-    arithmetic = arithmetic + UNIT_OF[out_dtype] * out_norm + out.shape[-1] ** 0.5 * 2.0**-24
-    return out, lse, certificate, arithmetic
+    arithmetic = arithmetic + norm_above(out.to(out_dtype).float() - out)
+    return out, lse, _infinite_if_unknown(certificate), _infinite_if_unknown(arithmetic)
 
 
-def dropped_mass(tiers: Tiers, left_out: Tensor, ceiling: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _infinite_if_unknown(bound: Tensor) -> Tensor:
+    """A bound that came out as NaN (inf - inf, 0 / 0) says nothing, and nothing is what infinity says."""
+    return torch.where(torch.isnan(bound), torch.inf, bound)
+
+
+def dropped_mass(
+    tiers: Tiers, left_out: Tensor, ceiling: Tensor, out: Tensor, arithmetic: Tensor
+) -> tuple[Tensor, Tensor]:
     """Bounds on the share of the mass that was dropped, and on what dropping it moved the output by.
 
-    ceiling [batch, num_q_heads, n] is an upper bound on the score of each key left out. The dropped mass is at most
-    U / (K + U) with U the mass of the ceilings and K that of the kept keys' floors, computed as logs to be safe from overflow;
-    the output moves by at most the dropped mass times the largest |v_k - out| over the keys left out.
+    ceiling [batch, num_q_heads, n] is an upper bound on the score of each key left out; out is within arithmetic of the
+    real output over the kept keys. The dropped mass is at most U / (K + U) with U the mass of the ceilings and K that of the
+    kept keys' floors, computed as logs to be safe from overflow; the output moves by at most the dropped mass times the largest
+    distance from the kept keys' output to a value left out.
     """
-    scale = tiers.softmax_scale
-
-    def log_mass(score: Tensor, where: Tensor, sign: int) -> Tensor:
-        logit = score * scale
-        logit = torch.where(where, logit + sign * logit_slack(logit.abs()), -torch.inf)
-        if not logit.shape[-1]:
-            return logit.new_full(logit.shape[:-1], -torch.inf)
-        inflated = torch.logsumexp(logit, -1)
-        return inflated + sign * (
-            sum_inflation(logit.shape[-1]) - 1 + logit_slack(torch.nan_to_num(inflated.abs(), posinf=0.0))
-        )
-
-    upper = log_mass(ceiling, left_out, 1)
-    lower = log_mass(tiers.score - tiers.half_width, tiers.present, -1)
-    share = torch.sigmoid(torch.where(torch.isneginf(upper), -torch.inf, upper - lower)) * (1 + 1e-5)
+    upper = _log_mass(ceiling, left_out, tiers.softmax_scale, 1)
+    lower = _log_mass(tiers.score - tiers.half_width, tiers.present, tiers.softmax_scale, -1)
+    share = torch.sigmoid(upper - lower).float() * (1 + 1e-5) + TINY
+    share = torch.where(torch.isnan(share), 1.0, share.clamp_max(1.0))
+    share = torch.where(left_out.any(-1), share, 0.0)
     spread = _per_query_head(_value_distances(tiers)[0], tiers)
     furthest = torch.where(left_out, spread, 0.0)
     furthest = furthest.amax(-1) if furthest.shape[-1] else share
     mean = tiers.sketch.value_mean[:, :, : out.shape[-1]].repeat_interleave(out.shape[1] // tiers.values.shape[1], 1)
-    moved = share * (furthest + (mean - out).norm(dim=-1) * (1 + 1e-5))
-    return share.clamp_max(1.0), torch.where(share > 0, moved, 0.0)
+    moved = share * (furthest + norm_above(mean - out) + arithmetic) * (1 + 1e-5)
+    return share, _infinite_if_unknown(torch.where(share > 0, moved, 0.0))
+
+
+def _log_mass(score: Tensor, where: Tensor, softmax_scale: float, sign: int) -> Tensor:
+    """log of the sum of e^(softmax_scale * score), rounded up (sign 1) or down (-1); float64, which leaves rounding tiny."""
+    logit = torch.where(where, score.double() * softmax_scale, -torch.inf)
+    if not logit.shape[-1]:
+        return logit.new_full(logit.shape[:-1], -torch.inf)
+    peak = logit.amax(-1)
+    slack = 1e-8 + 2.0**-48 * torch.where(torch.isfinite(peak), peak.abs(), 0.0)
+    return torch.logsumexp(logit, -1) + sign * slack
 
 
 def _value_distances(tiers: Tiers) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,11 +123,11 @@ def _value_distances(tiers: Tiers) -> tuple[Tensor, Tensor, Tensor]:
 
     coarse = _shared(tiers.coarse, num_kv_heads)
     spread = spread_out(sketch.value_spread)
-    mean_norm = sketch.value_mean.norm(dim=-1)[..., None] * (1 + 1e-5)
+    mean_norm = norm_above(sketch.value_mean)[..., None]
     if sketch.value_codes is None:
         return spread, spread, mean_norm.expand_as(spread)
     extent = sketch.value_center.float().abs() + 8 * SCALES.to(spread.device)[sketch.value_scale.long()]
-    reach = spread_out(extent.norm(dim=-1) * (1 + 1e-5))
+    reach = spread_out(norm_above(extent))
     error = spread_out(sketch.value_error)
     return spread, torch.where(coarse, error, spread), torch.where(coarse, reach, mean_norm)
 
@@ -143,4 +154,4 @@ def _weighted_sum(weight: Tensor, values: Tensor) -> Tensor:
     num_kv_heads = values.shape[1]
     w = _blocks(weight).unflatten(1, (num_kv_heads, -1)).transpose(2, 3)  # batch kv blocks group SUM_BLOCK
     padded = torch.nn.functional.pad(values, (0, 0, 0, -values.shape[2] % SUM_BLOCK)).unflatten(2, (-1, SUM_BLOCK))
-    return (w @ padded).sum(2).flatten(1, 2)
+    return matmul(w, padded).sum(2).flatten(1, 2)

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from louver.kernels.reference.product import matmul
+
 
 def row_lengths(kv_start: Int[Tensor, " batch"], kv_len: Int[Tensor, " batch"]) -> tuple[Int[Tensor, " batch"], int]:
     """Valid tokens per row, and the longest row."""
@@ -47,4 +49,4 @@ def exact_scores(
     """Scores in float32, and the dot products of absolute values that bound their rounding."""
     grouped = q.float().unflatten(1, (keys.shape[1], -1))
     k = keys.float().transpose(-1, -2)
-    return (grouped @ k).flatten(1, 2), (grouped.abs() @ k.abs()).flatten(1, 2)
+    return matmul(grouped, k).flatten(1, 2), matmul(grouped.abs(), k.abs()).flatten(1, 2)

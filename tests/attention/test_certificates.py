@@ -1,0 +1,129 @@
+"""The truth lies within certificate + arithmetic bound, and nothing that reaches the reported tau is inexact."""
+
+import pytest
+import torch
+from hypothesis import given
+
+from helpers import (
+    TRAITS,
+    absolute_scores,
+    build_case,
+    policies_to_try,
+    true_attention,
+    true_masses,
+    true_scores,
+    within_certificate,
+)
+from louver import FlatIndex, attend
+from louver.kernels import available_backends
+from strategies import cases
+
+backends = pytest.mark.parametrize("backend", available_backends())
+
+
+def check_step(case, result, policy):
+    """Everything a result claims, against float64."""
+    exact, truth = result.exact_mask, true_scores(case)
+    assert result.out.shape == case.q.shape and result.out.dtype == case.q.dtype
+    assert not (exact & ~case.valid()).any(), "a padding token is exact"
+    assert not torch.isnan(result.certificate + result.arithmetic_bound + result.dropped_mass_bound).any()
+    assert within_certificate(case, result).all(), f"the certificate of {policy.spec} was violated"
+    fuzz = case.q.shape[2] * 2.0**-52 * absolute_scores(case)
+    relevant = case.valid() & (truth - fuzz >= result.tau.double()[..., None])
+    assert not (relevant & ~exact).any(), f"{policy.spec} treats a key above its tau inexactly"
+    dropped = torch.where(exact | ~case.valid(), 0.0, true_masses(case)).sum(-1)
+    if policy.drops:
+        assert (dropped <= result.dropped_mass_bound.double() * (1 + 1e-9) + 1e-15).all()
+    else:
+        assert (result.dropped_mass_bound == 0).all()
+
+
+@backends
+@given(case=cases())
+def test_every_policy_keeps_its_certificate(backend, case):
+    index = case.index(backend)
+    for policy in policies_to_try(case.keys.shape[2]):
+        check_step(case, attend(case.q, index, policy=policy, record=True), policy)
+
+
+@given(case=cases())
+def test_a_flat_index_keeps_its_certificate(case):
+    index = FlatIndex.build(case.keys, case.values, kv_start=case.kv_start, kv_len=case.kv_len)
+    for policy in policies_to_try(case.keys.shape[2]):
+        if policy.drops or policy.name == "dense":
+            check_step(case, attend(case.q, index, policy=policy, record=True), policy)
+
+
+@backends
+@given(case=cases(("offset", "spread", "duplicates", "flat"), max_blocks=3))
+def test_certificates_hold_for_any_scale(backend, case):
+    index = case.index(backend)
+    for scale in (1e-3, 1.0, 30.0):
+        scaled = true_scores(case) * scale
+        logits = torch.where(case.valid(), scaled, -torch.inf)
+        weights = torch.nan_to_num(logits.softmax(-1), nan=0.0) if logits.shape[-1] else logits
+        truth = (weights.unflatten(1, (case.keys.shape[1], -1)) @ case.values.double()).flatten(1, 2)
+        for spec in ("exact:0.05", "topk:3"):
+            result = attend(case.q, index, policy=spec, softmax_scale=scale)
+            error = (truth - result.out.double()).norm(dim=-1)
+            assert (error <= (result.certificate.double() + result.arithmetic_bound) * (1 + 1e-9) + 1e-12).all()
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_exact_everywhere_is_dense_attention_within_arithmetic(backend, dtype):
+    case = build_case(5, kv_len=300, head_dim=128, group_size=4, dtype=dtype)
+    result = attend(case.q, case.index(backend), policy="exact:1.0", record=True)
+    assert (result.certificate == 0).all()
+    assert torch.equal(result.exact_mask, case.valid().expand_as(result.exact_mask))
+    error = (true_attention(case) - result.out.double()).norm(dim=-1)
+    assert (error <= result.arithmetic_bound).all()
+    assert (result.arithmetic_bound <= 0.02 * true_attention(case).norm(dim=-1)).all(), "the bound says nothing"
+
+
+@backends
+def test_certificates_are_tight_enough_to_inform(backend):
+    """Keys that gather around a few directions: a certificate below the trivial one, and an error far below that."""
+    case = build_case(5, kv_len=512, head_dim=64, batch=1)
+    result = attend(case.q * 0.5, case.index(backend), policy="exact:0.2+unread:0.01")
+    trivial = case.values.float().norm(dim=-1).amax()
+    assert (result.certificate < trivial).all()
+
+
+@backends
+@pytest.mark.parametrize("trait", TRAITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_hardship_on_its_own(backend, trait, dtype):
+    case = build_case(11, kv_len=70, dtype=dtype, traits=frozenset({trait}), ragged=True)
+    index = case.index(backend)
+    for policy in policies_to_try(70):
+        check_step(case, attend(case.q, index, policy=policy, record=True), policy)
+
+
+@backends
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("spec", ["exact:0.1", "exact:1.0", "topk:4", "fixed:0"])
+def test_what_is_not_finite_behaves_as_in_dense_attention(backend, bad, where, spec):
+    """Where dense attention is finite so is Louver, and the bounds hold or say that they know nothing."""
+    case = build_case(3, kv_len=40, batch=1, config=None)
+    getattr(case, where)[0, 0, 5, 7] = bad
+    result = attend(case.q, case.index(backend), policy=spec, record=True)
+    dense = attend(case.q, case.index(backend), policy="dense")
+    if where == "keys" or spec.startswith("exact"):
+        assert torch.equal(torch.isfinite(result.out).all(-1), torch.isfinite(dense.out).all(-1))
+    assert result.exact_mask[0, : case.group_size, 5].all()
+    fine = torch.isfinite(true_attention(case)).all(-1)
+    error = (true_attention(case) - result.out.double()).norm(dim=-1)
+    assert (error <= result.certificate + result.arithmetic_bound)[fine].all()
+    assert torch.isfinite(result.out[0, case.group_size :]).all(), "another KV head was harmed"
+
+
+def test_values_from_elsewhere_have_no_certificate_but_the_right_answer():
+    case = build_case(2, kv_len=90)
+    other = torch.randn_like(case.values)
+    result = attend(case.q, case.index(), other, policy="topk:5", record=True)
+    kept = torch.where(case.valid() & result.exact_mask, true_scores(case) * case.softmax_scale, -torch.inf).softmax(-1)
+    truth = (kept.unflatten(1, (2, -1)) @ other.double()).flatten(1, 2)
+    torch.testing.assert_close(result.out.double(), truth, atol=1e-5, rtol=1e-4)
+    assert torch.isinf(result.certificate).all()
