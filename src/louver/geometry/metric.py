@@ -27,7 +27,7 @@ def query_weight(
 
     valid is bool [batch, q_len], False where the token is padding. Queries that are not finite are ignored.
     """
-    x = torch.nan_to_num(queries.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(-1e15, 1e15)
+    x = torch.nan_to_num(queries.float(), nan=0.0, posinf=0.0, neginf=0.0).clamp(-1e12, 1e12)
     if valid is None:
         valid = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool, device=x.device)
     x = x * valid[:, None, :, None]

@@ -7,6 +7,8 @@ error of at most gamma(n) = n u / (1 - n u) times the sum of absolute values. An
 section 4, proves each constant, for head_dim up to 4,096.
 """
 
+from typing import overload
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +21,11 @@ LARGEST_SUM = 2.0**126  # no partial sum overflows where the absolute terms add 
 UNIT_OF = {torch.float32: UNIT, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
-def gamma(n: int | Tensor, unit: float = UNIT):
+@overload
+def gamma(n: int, unit: float = UNIT) -> float: ...
+@overload
+def gamma(n: Tensor, unit: float = UNIT) -> Tensor: ...
+def gamma(n: int | Tensor, unit: float = UNIT) -> float | Tensor:
     """Relative error of a sum of n terms, or of a chain of n operations (Higham 3.1)."""
     return n * unit / (1 - n * unit)
 

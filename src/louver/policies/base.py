@@ -59,6 +59,12 @@ class Dense(BasePolicy):
     drops: ClassVar[bool] = False
 
 
+def number(value: float) -> str:
+    """The shortest text that reads back as the same number; no trailing ``.0``."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def check_fraction(name: str, value: float) -> None:
     """Raise unless 0 < value <= 1."""
     if not 0 < value <= 1:

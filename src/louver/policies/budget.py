@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from louver.policies.base import BasePolicy, check_fraction
+from louver.policies.base import BasePolicy, check_fraction, number
 from louver.protocols import CutRule
 
 
@@ -21,7 +21,7 @@ class Budget(BasePolicy):
 
     def argument(self) -> str:
         """The share."""
-        return f"{self.fraction:g}"
+        return number(self.fraction)
 
     def rule(self) -> CutRule:
         """A share of the keys."""

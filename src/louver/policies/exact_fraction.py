@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from louver.errors import PolicyError
-from louver.policies.base import BasePolicy, check_fraction
+from louver.policies.base import BasePolicy, check_fraction, number
 from louver.protocols import CutRule
 
 
@@ -33,14 +33,14 @@ class ExactFraction(BasePolicy):
 
     def argument(self) -> str:
         """The share of exact keys."""
-        return f"{self.fraction:g}"
+        return number(self.fraction)
 
     @property
     def spec(self) -> str:
         """The canonical specification; ``unread`` is named where it is not the default."""
         head, *rest = super().spec.split("+")
         if self.unread_mass != type(self).unread_mass:
-            head += f"+unread:{self.unread_mass:g}"
+            head += "+unread:" + number(self.unread_mass)
         return "+".join([head, *rest])
 
     def rule(self) -> CutRule:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from louver.errors import PolicyError
-from louver.policies.base import BasePolicy
+from louver.policies.base import BasePolicy, number
 from louver.protocols import CutRule
 
 
@@ -24,7 +24,7 @@ class Fixed(BasePolicy):
 
     def argument(self) -> str:
         """The threshold."""
-        return f"{self.tau:g}"
+        return number(self.tau)
 
     def rule(self) -> CutRule:
         """The same threshold for every head."""

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 from louver.errors import PolicyError
 from louver.policies.base import BasePolicy, Dense
@@ -37,17 +38,19 @@ def parse(spec: str | Policy) -> Policy:
         >>> parse("exact:0.01+sinks:4")
         ExactFraction(sinks=4, recent=0, fraction=0.01, unread_mass=0.1)
     """
-    if not isinstance(spec, str):
+    if isinstance(spec, Policy):
         return spec
+    if not isinstance(spec, str):
+        raise PolicyError(f"policy={spec!r} is neither a specification such as 'exact:0.01' nor a Policy")
     # A plus sign inside a number (fixed:1e+5) is not a separator.
-    head, *options = re.split(r"(?<![eE])\+", spec.strip())
+    head, *options = re.split(r"(?<![0-9.][eE])\+", spec.strip())
     name, _, argument = head.partition(":")
     if name not in _POLICIES:
         raise PolicyError(f"unknown policy {name!r} in {spec!r}; known: {'; '.join(known_policies())}")
     policy, field, read, usage = _POLICIES[name]
     if (field is None) != (argument == ""):
         raise PolicyError(f"{spec!r} cannot be read; usage: {usage}")
-    arguments: dict[str, float | int] = {} if field is None else {field: _number(argument, read, spec, usage)}
+    arguments: dict[str, Any] = {} if field is None else {field: _number(argument, read, spec, usage)}
     allowed = {f.name for f in dataclasses.fields(policy)}
     for option in options:
         key, _, value = option.partition(":")

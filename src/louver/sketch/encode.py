@@ -50,17 +50,15 @@ def fit_frames(
     middle = (low + high) / 2
     reach = (high - low) / LEVELS
     full = (8 * (torch.log2(reach.clamp_min(2.0**-30)) + 18)).ceil()
-    best_error = best_code = None
-    for step in CLIP_STEPS if clip else CLIP_STEPS[:1]:
+    best_code = (full + CLIP_STEPS[0]).clamp(0, 255).to(torch.int64)
+    best_error = torch.full_like(middle, torch.inf)
+    for step in CLIP_STEPS if clip else ():
         code = (full + step).clamp(0, 255).to(torch.int64)
         scale = scales[code]
         center = (middle + scale / 2).half().float()
         error = (_decode(_codes(x, center, scale), center, scale) - x).square().sum(-2)
-        if best_error is None:
-            best_error, best_code = error, code
-        else:
-            better = error < best_error
-            best_error, best_code = torch.where(better, error, best_error), torch.where(better, code, best_code)
+        better = error < best_error
+        best_error, best_code = torch.where(better, error, best_error), torch.where(better, code, best_code)
     scale = scales[best_code]
     center = (middle + scale / 2).half()
     codes = _codes(x, center.float(), scale)

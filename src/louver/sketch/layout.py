@@ -15,6 +15,7 @@ half a byte, plus 3 bytes / frame_len, plus a radius byte per slice.
 """
 
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -47,6 +48,15 @@ class SketchConfig:
             raise PolicyError(f"metric={self.metric!r} is unknown; wanted 'frame', 'diagonal' or 'identity'")
 
 
+class ValueFrames(NamedTuple):
+    """The values' part of a sketch."""
+
+    codes: UInt8[Tensor, "batch heads blocks frame_len half"]
+    center: Float[Tensor, "batch heads blocks dims"]
+    scale: UInt8[Tensor, "batch heads blocks dims"]
+    error: Float[Tensor, "batch heads blocks"]
+
+
 @dataclass(kw_only=True)
 class Sketch:
     """The sketch's tensors. Blocks past ``num_blocks[row]`` are room to grow, their content undefined."""
@@ -71,6 +81,14 @@ class Sketch:
     def dims(self) -> int:
         """Channels the codes hold: head_dim, padded to an even number."""
         return self.query_weight.shape[-1]
+
+    @property
+    def value_frames(self) -> ValueFrames | None:
+        """The sketched values, views of this sketch; None where it knows keys only."""
+        codes, center, scale, error = self.value_codes, self.value_center, self.value_scale, self.value_error
+        if codes is None or center is None or scale is None or error is None:
+            return None
+        return ValueFrames(codes, center, scale, error)
 
     @property
     def num_slices(self) -> int:

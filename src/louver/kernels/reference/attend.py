@@ -176,13 +176,14 @@ def nth_best(floors: Tensor, scored: Tensor, rank: Tensor) -> PerQueryHead:
 def _mix_values(exact: Tensor, coarse: Tensor, v: Tensor, sketch: Sketch, group_size: int) -> Float[Tensor, "b h n d"]:
     """What each key's weight is multiplied with: its value, its sketched value, or the head's mean value."""
     mixed = sketch.value_mean[:, :, None, : v.shape[3]].expand_as(v)
-    if sketch.value_codes is not None and v.shape[2]:
+    frames = sketch.value_frames
+    if frames is not None and v.shape[2]:
         num_blocks = int(sketch.num_blocks.max())
         span = num_blocks * sketch.config.frame_len
         decoded = decode_frames(
-            unpack_nibbles(sketch.value_codes[:, :, :num_blocks]),
-            sketch.value_center[:, :, :num_blocks],
-            sketch.value_scale[:, :, :num_blocks],
+            unpack_nibbles(frames.codes[:, :, :num_blocks]),
+            frames.center[:, :, :num_blocks],
+            frames.scale[:, :, :num_blocks],
         ).flatten(2, 3)[..., : v.shape[3]]
         head = torch.where(coarse[:, :, :span, None], decoded, mixed[:, :, :span])
         mixed = torch.cat([head, mixed[:, :, span:]], 2)

@@ -124,11 +124,12 @@ def _value_distances(tiers: Tiers) -> tuple[Tensor, Tensor, Tensor]:
     coarse = _shared(tiers.coarse, num_kv_heads)
     spread = spread_out(sketch.value_spread)
     mean_norm = norm_above(sketch.value_mean)[..., None]
-    if sketch.value_codes is None:
+    frames = sketch.value_frames
+    if frames is None:
         return spread, spread, mean_norm.expand_as(spread)
-    extent = sketch.value_center.float().abs() + 8 * SCALES.to(spread.device)[sketch.value_scale.long()]
+    extent = frames.center.float().abs() + 8 * SCALES.to(spread.device)[frames.scale.long()]
     reach = spread_out(norm_above(extent))
-    error = spread_out(sketch.value_error)
+    error = spread_out(frames.error)
     return spread, torch.where(coarse, error, spread), torch.where(coarse, reach, mean_norm)
 
 

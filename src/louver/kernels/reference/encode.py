@@ -54,12 +54,12 @@ def _encode_row(keys: Tensor, values: Tensor | None, sketch: Sketch, row: int, b
         valid = valid & representable(v)
         away = (v.double() - sketch.value_mean[row, :, None, None].double()) * valid[..., None]
         sketch.value_spread[row, :, blocks] = _largest_norm(torch.nan_to_num(away))
-    if values is not None and sketch.value_codes is not None:
-        frames = fit_frames(v, valid, config.clip)
-        sketch.value_codes[row, :, blocks] = pack_nibbles(frames.codes)
-        sketch.value_center[row, :, blocks] = frames.center
-        sketch.value_scale[row, :, blocks] = frames.scale
-        sketch.value_error[row, :, blocks] = _largest_norm(frames.residual)
+        if (held := sketch.value_frames) is not None:
+            frames = fit_frames(v, valid, config.clip)
+            held.codes[row, :, blocks] = pack_nibbles(frames.codes)
+            held.center[row, :, blocks] = frames.center
+            held.scale[row, :, blocks] = frames.scale
+            held.error[row, :, blocks] = _largest_norm(frames.residual)
 
     frames = fit_frames(k, valid, config.clip)
     weight = sketch.query_weight[row, :, None]

@@ -6,9 +6,12 @@ a thousand times coarser than the slack in geometry/rounding.py allows, and both
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+_PRECISION_SETTINGS = attrgetter("backends.cuda.matmul", "backends.mkldnn.matmul")
 
 
 @contextmanager
@@ -34,7 +37,7 @@ def _ieee_products() -> Iterator[None]:
         finally:
             torch.set_float32_matmul_precision(before)
         return
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    settings = _PRECISION_SETTINGS(torch)
     saved = [s.fp32_precision for s in settings]
     try:
         for s in settings:
