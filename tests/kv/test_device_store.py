@@ -15,8 +15,11 @@ def tokens(batch: int, new_len: int, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(batch, 2, new_len, 5).to(dtype)
 
 
-def test_is_a_kv_store():
+def test_is_a_kv_store_from_the_start():
     store = DeviceStore()
+    assert isinstance(store, KVStore)
+    assert store.is_empty and store.keys.shape == (0, 0, 0, 0) and store.values is None
+    assert store.kv_start.shape == store.kv_len.shape == (0,)
     store.append(tokens(1, 3), None)
     assert isinstance(store, KVStore)
 
@@ -167,8 +170,6 @@ def test_refuses_what_does_not_fit(keys, values, message):
 def test_other_errors():
     with pytest.raises(ShapeError, match="reserve_tokens"):
         DeviceStore(reserve_tokens=-1)
-    with pytest.raises(ShapeError, match="empty"):
-        _ = DeviceStore().keys
     store = DeviceStore()
     store.append(tokens(2, 3), None)
     with pytest.raises(ShapeError, match="truncate"):

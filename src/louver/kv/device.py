@@ -12,6 +12,8 @@ from louver.errors import ShapeError
 from louver.shapes import Keys, PerRow, Values, check_keys_values
 
 _ROUND_TOKENS = 64
+_NOTHING = torch.empty(0, 0, 0, 0)
+_NO_ROWS = torch.empty(0, dtype=torch.int32)
 
 
 class DeviceStore:
@@ -55,13 +57,13 @@ class DeviceStore:
 
     @property
     def is_empty(self) -> bool:
-        """True until the first append (and after ``clear``): there are no shapes yet, so no views either."""
+        """True until the first append (and after ``clear``): there are no rows yet, and every view is empty."""
         return self._keys is None
 
     @property
     def keys(self) -> Keys:
         """A view [batch, num_kv_heads, kv_len, head_dim] of the keys held."""
-        return self._allocated()[:, :, : self._len]
+        return _NOTHING if self._keys is None else self._keys[:, :, : self._len]
 
     @property
     def values(self) -> Values | None:
@@ -71,20 +73,16 @@ class DeviceStore:
     @property
     def kv_start(self) -> PerRow:
         """Padding tokens at the left of each row, int32 [batch]."""
-        self._allocated()
-        assert self._kv_start is not None
-        return self._kv_start
+        return _NO_ROWS if self._kv_start is None else self._kv_start
 
     @kv_start.setter
     def kv_start(self, kv_start: PerRow) -> None:
-        self._kv_start = _per_row(kv_start, self._allocated())
+        self._kv_start = _per_row(kv_start, self.keys)
 
     @property
     def kv_len(self) -> PerRow:
         """The end of each row, int32 [batch]."""
-        self._allocated()
-        assert self._kv_len is not None
-        return self._kv_len
+        return _NO_ROWS if self._kv_len is None else self._kv_len
 
     def __len__(self) -> int:
         """Tokens held by the longest row, padding included: the length of the views."""
@@ -147,7 +145,7 @@ class DeviceStore:
 
     def _resize(self, capacity: int, ids: Tensor | None = None) -> None:
         """Move the tokens held (of the rows ids) to new buffers."""
-        rows = torch.arange(self._allocated().shape[0], device=self._allocated().device) if ids is None else ids
+        rows = torch.arange(self.keys.shape[0], device=self.keys.device) if ids is None else ids
         for name in ("_keys", "_values"):
             old = getattr(self, name)
             if old is None:
@@ -157,15 +155,8 @@ class DeviceStore:
             setattr(self, name, new)
         self._borrowed = False
 
-    def _allocated(self) -> Tensor:
-        if self._keys is None:
-            raise ShapeError(
-                "the store is empty: append keys [batch, num_kv_heads, kv_len, head_dim] before reading it"
-            )
-        return self._keys
-
     def _check_fits(self, keys: Tensor, values: Tensor | None) -> None:
-        held = self._allocated()
+        held = self.keys
         if self._ragged:
             raise ShapeError("cannot append to rows of different lengths; pad them on the left instead")
         want, got = (held.shape[:2], held.shape[3]), (keys.shape[:2], keys.shape[3])

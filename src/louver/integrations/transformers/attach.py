@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig
 
 from louver.integrations.transformers import hook
 from louver.integrations.transformers.cache import LouverCache
@@ -10,14 +11,14 @@ from louver.integrations.transformers.support import check_model, name_of
 from louver.protocols import Policy
 
 
-def attach(model: PreTrainedModel, policy: str | Policy = "exact:0.01", **options: Any) -> LouverCache:
+def attach(model: nn.Module, policy: str | Policy = "exact:0.01", **options: Any) -> LouverCache:
     """Make model attend through Louver and return a cache for it.
 
     The model's weights and code stay as they are; only its attention implementation is set to "louver" (undo with
     ``model.set_attn_implementation("sdpa")``). Without a LouverCache the model attends densely, as with "sdpa".
 
     Args:
-        model: a decoder-only model.
+        model: a decoder-only model of transformers' (or something that wraps one and passes its attributes on).
         policy: what a decode step keeps, such as ``exact:0.01`` (results).
         **options: passed on to LouverCache.
 
@@ -25,19 +26,19 @@ def attach(model: PreTrainedModel, policy: str | Policy = "exact:0.01", **option
         UnsupportedModelError: the model does not do plain softmax attention.
         PolicyError: the policy cannot be read.
     """
-    check_model(model)
-    cache = LouverCache(model.config, policy, **options)
+    decoder = check_model(model)
+    cache = LouverCache(decoder.config, policy, **options)
     hook.register()
-    model.set_attn_implementation(_for_text(model))
-    if model.config.get_text_config(decoder=True)._attn_implementation != hook.NAME:
-        cache.warn_unreached(f"{name_of(model.config)} does not use transformers' attention interface")
+    decoder.set_attn_implementation(_for_text(decoder.config))
+    if decoder.config.get_text_config(decoder=True)._attn_implementation != hook.NAME:
+        cache.warn_unreached(f"{name_of(decoder.config)} does not use transformers' attention interface")
     return cache
 
 
-def _for_text(model: PreTrainedModel) -> str | dict[str, str]:
+def _for_text(config: PreTrainedConfig) -> str | dict[str, str]:
     """The setting for the text decoder; the image and audio towers of a multimodal model keep theirs."""
-    text = model.config.get_text_config(decoder=True)
-    for name in model.config.sub_configs:
-        if getattr(model.config, name, None) is text and text is not model.config:
+    text = config.get_text_config(decoder=True)
+    for name in config.sub_configs:
+        if getattr(config, name, None) is text and text is not config:
             return {name: hook.NAME}
     return hook.NAME

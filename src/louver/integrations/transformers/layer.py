@@ -159,7 +159,7 @@ class LouverLayer(CacheLayerMixin):
         """Length and offset of the mask for a call with query_length new tokens."""
         return self.get_seq_length() + query_length, 0
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last -tokens_to_remove tokens; 0 removes none, and a positive number is an error as in transformers."""
         tokens_to_remove = int(tokens_to_remove)  # transformers before 5.18 passes a tensor
         if tokens_to_remove > 0:

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from louver.errors import LouverWarning, UnsupportedModelError
@@ -32,19 +32,21 @@ def check_config(config: PreTrainedConfig) -> None:
         raise UnsupportedModelError(f"{name} {_CHANGES_ATTENTION['alibi']}, which Louver does not support")
 
 
-def check_model(model: PreTrainedModel) -> None:
-    """Raise an UnsupportedModelError if Louver cannot serve model; warn if it would have nothing to do."""
-    if not hasattr(model, "set_attn_implementation"):
-        raise UnsupportedModelError(f"attach takes a transformers model, got {type(model).__name__}")
+def check_model(module: nn.Module) -> Any:
+    """Raise an UnsupportedModelError if Louver cannot serve module; warn if it would have nothing to do; return it."""
+    if not hasattr(module, "set_attn_implementation"):
+        raise UnsupportedModelError(f"attach takes a transformers model, got {type(module).__name__}")
+    model: Any = module  # a PreTrainedModel, or what wraps one
     check_config(model.config)
     name = name_of(model.config)
-    if any("sinks" in module._parameters for module in model.modules()):
+    if any("sinks" in part._parameters for part in module.modules()):
         raise UnsupportedModelError(f"{name} {_CHANGES_ATTENTION['s_aux']}, which Louver does not support")
     if getattr(model.config, "output_attentions", False):
         raise UnsupportedModelError(
             "config.output_attentions is set, but Louver never forms the attention weights; set it to False"
         )
-    implementation = getattr(model.generation_config, "cache_implementation", None)
+    generation_config = getattr(model, "generation_config", None)
+    implementation = getattr(generation_config, "cache_implementation", None)
     if implementation is not None:
         raise UnsupportedModelError(
             f"the model asks for a {implementation!r} cache, which Louver would replace; "
@@ -54,6 +56,7 @@ def check_model(model: PreTrainedModel) -> None:
         warnings.warn(
             f"{name} has no layer with full attention, so Louver has nothing to serve", LouverWarning, stacklevel=3
         )
+    return model
 
 
 def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
