@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from louver.kernels.triton.common import (
+    BELOW,
     COARSE,
     EXACT,
     LISTED,
@@ -90,7 +91,8 @@ def finish_kernel(
     if DROP:
         # The mass left out: bounded through the histogram under the cut, and known for what was scored and rejected.
         rejected = tl.sum(tl.load(sums + 6), 0)
-        left = tl.where(overflow, -float("inf"), tl.load(below + pid))
+        under = tl.load(below + pid)
+        left = tl.where(overflow | (under == 0), -float("inf"), tl.log(under) + origin + BELOW + 0.001)
         loss = tl.where(rejected > 0, tl.log(rejected) + origin, -float("inf"))
         top = tl.maximum(left, loss)
         both = top + tl.log(exp(left - top) + exp(loss - top)) + 0.001

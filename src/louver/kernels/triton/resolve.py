@@ -8,7 +8,7 @@ from louver.kernels.triton.common import ALWAYS, BELOW, BINS, SIGNED, STEPS
 
 @triton.jit
 def resolve_kernel(
-    upper, reach, num_blocks, kv_start, kv_len, low, hist, finished, cuts, tau, below,
+    upper, reach, num_blocks, kv_start, kv_len, low, hist, finished, cuts, tau,
     num_kv_heads, capacity, scale, share, tolerance, count, fixed_tau, unread_mass,
     G: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, SLICES: tl.constexpr, CHUNK: tl.constexpr,
     DROP: tl.constexpr, FIXED: tl.constexpr, KEEP_BEST: tl.constexpr,
@@ -16,7 +16,7 @@ def resolve_kernel(
     """Count codes into bins; the last program of a query head turns its histogram into cuts.
 
     ``lower`` counts use the block's largest half-width: looser than a key's own, and sound. cuts[head] = codes from which a key is
-    exact, and read; tau = a score no key can reach without being exact; below = mass bound (nats) of the codes under the cut.
+    exact, and read; tau = a score no key can reach without being exact.
     """
     pid = tl.program_id(0)
     kv = pid // G
@@ -75,8 +75,6 @@ def resolve_kernel(
             unread = tl.minimum(tl.maximum(readable, 0) * 32, cut)
             cut_tau = (origin + cut.to(tl.float32) / STEPS) / scale
             cut_tau = tl.where(cut == 0, -float("inf"), cut_tau + tl.abs(cut_tau) * 2.0**-20)
-        dropped = tl.sum(tl.where(bins * 32 < cut, mass, 0.0), 0)
-        tl.store(below + pid, tl.where(dropped > 0, tl.log(dropped) + origin + BELOW + 0.001, -float("inf")))
         tl.store(cuts + pid * 2, cut)
         tl.store(cuts + pid * 2 + 1, unread)
         tl.store(tau + pid, cut_tau)

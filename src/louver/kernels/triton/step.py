@@ -2,7 +2,7 @@
 
     prepare   place the grid, clear the counters                       one program per query head
     scan      stream the sketched keys, leave 16-bit upper bounds      (kv heads, splits)
-    resolve   histograms, then the rule's cuts                         (query heads, chunks)
+    resolve   histograms, then the rule's cuts                         (query heads, chunks)  part of the scan in CUDA
     tiers     list the exact keys, attend the rest through the sketch  (kv heads, splits)     drop: list only
     rank      the rank-th best exact score                             (kv heads, splits)     topk and budget only
     exact     attend the list and the open block exactly               (kv heads, splits)
@@ -23,6 +23,7 @@ from louver.geometry.rounded_query import TENSOR_UNIT, rounded_query_slack
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma, radius_inflation
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
+from louver.kernels.triton import scan_in_cuda
 from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
@@ -44,6 +45,9 @@ class Workspace(NamedTuple):
     """Buffers of a step, allocated once per shape and shared by the layers of a model: nothing lives on between steps."""
 
     low: Tensor
+    floor: Tensor
+    query: Tensor
+    masses: Tensor
     hist: Tensor
     rank_hist: Tensor
     counters: Tensor
@@ -72,6 +76,9 @@ def workspace(
 
     return Workspace(
         low=new(heads),
+        floor=new(heads, dtype=torch.int32),
+        query=new(heads, dims),
+        masses=new(heads, 2),
         hist=new(heads, 2, BINS.value, dtype=torch.int32),
         rank_hist=new(heads, RANK_BINS.value, dtype=torch.int32),
         counters=new(rows, COUNTERS, dtype=torch.int32),
@@ -146,28 +153,37 @@ def step(
     frames = {"L": frame_len, "LP": triton.next_power_of_2(frame_len)}
     words = {"WORDS": max(16, triton.next_power_of_2(head_dim // 4))}
 
+    native = scan_in_cuda.serves(q, sketch, group)
+    bins = scan_in_cuda.num_bins(group) if native else 2 * BINS.value
+    wanted = max(rule.share, need / max(1, longest))
+    floor = 0.0 if fixed or not native or wanted > 0.05 else 0.25 if rule.drop else 0.5
     prepare_kernel[(batch * num_q_heads,)](
-        x, sketch.key_center, sketch.num_blocks, w.low, w.hist, w.rank_hist, w.counters, w.finished, num_q_heads, capacity,
-        softmax_scale, G=group, D=head_dim, DP=triton.next_power_of_2(head_dim), SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS,
-        RANKED=ranked, num_warps=4,
+        x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.finished, w.masses,
+        w.below, num_q_heads, capacity, softmax_scale, bins, G=group, D=head_dim, DP=triton.next_power_of_2(head_dim),
+        SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, FLOOR=floor, num_warps=4,
     )  # fmt: skip
-    scan_kernel[(rows, scans)](
-        x, sketch.key_codes.view(torch.int16), sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
-        scales, sketch.query_weight, *place, w.low, w.upper, w.reach, num_kv_heads, capacity, sinks, recent, softmax_scale,
-        *rounded_query_slack(head_dim), radius_inflation(head_dim + 8), **heads, **words, **frames,
-        FRAME={"frame": 1, "diagonal": 0, "identity": 2}[sketch.config.metric], SLICES=slices, LONG=longer, SHORT=base,
-        STAGES=1, num_warps=4,
-    )  # fmt: skip
-    chunk = max(1, 8192 // frames["LP"])
-    resolve_kernel[(batch * num_q_heads, triton.cdiv(capacity, chunk))](
-        w.upper, w.reach, *place, w.low, w.hist, w.finished, w.cuts, w.tau, w.below, num_kv_heads, capacity, softmax_scale,
-        share, TOLERANCE, need, min(max(rule.tau or 0.0, -1e30), 1e30), rule.unread_mass, G=group, **frames, SLICES=slices,
-        CHUNK=triton.next_power_of_2(chunk), DROP=rule.drop, FIXED=fixed, KEEP_BEST=keep_best, num_warps=8,
-    )  # fmt: skip
+    metric = {"frame": 1, "diagonal": 0, "identity": 2}[sketch.config.metric]
+    choice = (share, TOLERANCE, need, min(max(rule.tau or 0.0, -1e30), 1e30), rule.unread_mass)
+    ends = (num_kv_heads, capacity, sinks, recent, softmax_scale)
+    rounding = (*rounded_query_slack(head_dim), radius_inflation(head_dim + 8))
+    if native:
+        scan_in_cuda.scan(w, sketch, scales, place, ends, rounding, choice, group, metric, rule.drop, fixed, keep_best)
+    else:
+        scan_kernel[(rows, scans)](
+            x, sketch.key_codes.view(torch.int16), sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
+            scales, sketch.query_weight, *place, w.low, w.upper, w.reach, *ends, *rounding, **heads, **words, **frames,
+            FRAME=metric, SLICES=slices, LONG=longer, SHORT=base, STAGES=1, num_warps=4,
+        )  # fmt: skip
+        chunk = max(1, 8192 // frames["LP"])
+        resolve_kernel[(batch * num_q_heads, triton.cdiv(capacity, chunk))](
+            w.upper, w.reach, *place, w.low, w.hist, w.finished, w.cuts, w.tau, num_kv_heads, capacity, softmax_scale, *choice,
+            G=group, **frames, SLICES=slices, CHUNK=triton.next_power_of_2(chunk), DROP=rule.drop, FIXED=fixed,
+            KEEP_BEST=keep_best, num_warps=8,
+        )  # fmt: skip
     if rule.drop:
         chunk = max(1, 2048 // frames["LP"])
         list_kernel[(rows, triton.cdiv(capacity, chunk))](
-            w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, num_kv_heads, capacity, room,
+            w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, w.below, num_kv_heads, capacity, room,
             G=group, **frames, CHUNK=chunk, NUM_COUNTERS=COUNTERS, num_warps=4,
         )  # fmt: skip
     else:

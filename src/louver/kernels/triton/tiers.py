@@ -9,6 +9,7 @@ import triton.language as tl
 
 from louver.kernels.triton.common import (
     ALWAYS,
+    BELOW,
     COARSE,
     DECIDED,
     LISTED,
@@ -26,10 +27,10 @@ WEIGHT_SLACK = tl.constexpr(2.0**-10)  # nats: rounding a weight to float16, its
 
 @triton.jit
 def list_kernel(
-    upper, value_spread, num_blocks, cuts, listed, counters, num_kv_heads, capacity, room,
+    upper, value_spread, num_blocks, cuts, listed, counters, below, num_kv_heads, capacity, room,
     G: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CHUNK: tl.constexpr, NUM_COUNTERS: tl.constexpr,
 ):  # fmt: skip
-    """List every key that reaches the cut of some head of its group."""
+    """List every key that reaches the cut of some head of its group; below = mass bound of the others, unit e^(low + BELOW)."""
     pid = tl.program_id(0)
     blocks = tl.load(num_blocks + pid // num_kv_heads)
     chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -41,7 +42,10 @@ def list_kernel(
         decided = tl.zeros((CHUNK, LP), tl.int32)
         for g in tl.static_range(G):
             code = tl.load(upper + (block * G + g)[:, None] * L + t[None, :], mask=inside, other=-32768).to(tl.int32) + SIGNED
-            reaches = reaches | (code >= tl.load(cuts + (pid * G + g) * 2)).to(tl.int32)
+            reached = code >= tl.load(cuts + (pid * G + g) * 2)
+            reaches = reaches | reached.to(tl.int32)
+            mass = tl.where(inside & (reached == 0), tl.exp2((code.to(tl.float32) * (1.0 / STEPS) - BELOW) * LOG2E), 0.0)
+            tl.atomic_add(below + pid * G + g, tl.sum(tl.sum(mass, 1), 0), sem="relaxed")
             if g == 0:
                 decided = (code == ALWAYS).to(tl.int32)
         flat: tl.constexpr = CHUNK * LP

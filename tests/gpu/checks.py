@@ -1,0 +1,211 @@
+"""A decode step of the Triton backend against float64, on a GPU or in Triton's interpreter (run as a program for the latter)."""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One cache and one query; every size odd on purpose."""
+
+    policy: str
+    head_dim: int = 64
+    group: int = 3
+    kv_len: int = 301
+    frame_len: int = 64
+    dtype: torch.dtype = torch.float16
+    batch: int = 2
+    num_kv_heads: int = 2
+    pad: int = 0
+    page_len: int = 0
+    huge: bool = False
+    spread: float = 1.0
+
+
+SMALL = [
+    Case(policy="exact:0.05"),
+    Case(policy="exact:0.05+sinks:3+recent:9", head_dim=128, group=1, pad=7),
+    Case(policy="budget:0.05", head_dim=80, dtype=torch.float32, pad=5),
+    Case(policy="topk:7", group=4, huge=True),
+    Case(policy="fixed:20", head_dim=128, group=2, page_len=48),
+    Case(policy="exact:0.2", frame_len=128, kv_len=130, page_len=48),
+    Case(policy="topk:3", kv_len=40),
+    Case(policy="exact:0.02", spread=40.0),
+]
+
+
+def build(case: Case, device: str):
+    """Query, keys, values, row bounds, and the sketch the backend itself encodes."""
+    from louver.index.sketch import SketchIndex
+    from louver.sketch.layout import SketchConfig
+
+    g = torch.Generator().manual_seed(len(case.policy) + case.kv_len)
+    shape = (case.batch, case.num_kv_heads)
+    direction = torch.randn(*shape, 1, case.head_dim, generator=g)
+    keys = 0.6 * torch.randn(*shape, case.kv_len, case.head_dim, generator=g)
+    keys += 0.8 * torch.randn(*shape, 1, case.head_dim, generator=g)
+    pushed = torch.rand(*shape, case.kv_len, 1, generator=g) < 0.05
+    keys += pushed * direction / direction.norm(dim=-1, keepdim=True) * 6
+    values = torch.randn(*shape, case.kv_len, case.head_dim, generator=g) + 0.3
+    q = direction + 0.6 * torch.randn(*shape, case.group, case.head_dim, generator=g)
+    keys, values, q = keys * case.spread, values, q.flatten(1, 2)
+    if case.huge:
+        keys[:, :, 11, 3] = 65000.0  # beyond a frame, not beyond float16
+        keys[:, :, 12, 5] = -65000.0
+    keys, values, q = (x.to(device=device, dtype=case.dtype) for x in (keys, values, q))
+    start = torch.full((case.batch,), 0, dtype=torch.int32, device=device)
+    start[0] = case.pad
+    stop = torch.full((case.batch,), case.kv_len, dtype=torch.int32, device=device)
+    stop[-1] = case.kv_len - 2
+    index = SketchIndex.build(
+        keys, values, kv_start=start, kv_len=stop, config=SketchConfig(frame_len=case.frame_len), backend="reference"
+    )
+    return q, keys, values, start, stop, index
+
+
+def truth(q, keys, values, start, stop):
+    """Scores [batch, num_q_heads, kv_len], which keys are valid, and exact attention, in float64."""
+    batch, heads = keys.shape[:2]
+    grouped = q.double().unflatten(1, (heads, -1))
+    scores = grouped @ keys.double().mT
+    position = torch.arange(keys.shape[2], device=q.device)
+    valid = ((position >= start[:, None]) & (position < stop[:, None]))[:, None]
+    weights = torch.where(valid[:, :, None], scores * q.shape[2] ** -0.5, -torch.inf).softmax(-1)
+    out = weights @ values.double()
+    return scores.flatten(1, 2), valid, out.flatten(1, 2), weights.flatten(1, 2)
+
+
+def check(case: Case, device: str) -> dict[str, float]:
+    """Encode, step, and hold every promise of the step against float64; returns what was measured."""
+    import importlib
+
+    from louver.kernels.triton import attend_dense, encode_block, step
+    from louver.policies.spec import parse
+    from louver.sketch.layout import empty_sketch
+
+    importlib.import_module("louver.kernels.triton.step").crossover.update(drop=0, keep=0)
+    q, keys, values, start, stop, index = build(case, device)
+    scale = q.shape[2] ** -0.5
+    reference = index.sketch
+    assert reference is not None
+    sketch = empty_sketch(
+        reference.config, case.batch, case.num_kv_heads, case.head_dim, torch.device(device), max(1, reference.capacity) + 1
+    )
+    poison(sketch)
+    sketch.value_mean.copy_(reference.value_mean)
+    table, paged_keys, paged_values = None, keys, values
+    if case.page_len:
+        table, paged_keys, paged_values = pages(keys, values, case.page_len)
+    encode_block(paged_keys, paged_values, sketch, start, stop, table)
+    assert torch.equal(sketch.num_blocks, reference.num_blocks)
+    check_radii(keys, values, start, sketch)
+
+    policy = parse(case.policy)
+    rule = policy.rule()
+    assert rule is not None
+    scores, valid, want, weights = truth(q, keys, values, start, stop)
+    ends = (policy.sinks, policy.recent)
+    result = step(q, keys, values, sketch, rule, start, stop, scale, *ends, True, True)
+    if case.page_len:
+        again = step(q, paged_keys, paged_values, sketch, rule, start, stop, scale, *ends, True, False, table)
+        torch.testing.assert_close(again.out, result.out, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(again.tau, result.tau)
+    exact, out = result.exact_mask, result.out.double()
+    assert exact is not None and torch.isfinite(out).all()
+    lost = int((valid & (scores >= result.tau.double()[..., None]) & ~exact).sum())
+    assert lost == 0, f"{lost} keys reach tau and are not exact"
+    assert not (exact & ~valid).any()
+    position = torch.arange(keys.shape[2], device=device)
+    open_from = start + sketch.num_blocks * case.frame_len
+    always = (position >= open_from[:, None]) | (position < (start + policy.sinks)[:, None])
+    always |= position >= (stop - policy.recent)[:, None]
+    assert (exact | ~(always[:, None] & valid)).all(), "a key that is always exact was not"
+    if not rule.drop:
+        error = (out - want).norm(dim=-1)
+    else:
+        kept = torch.where(exact, weights, 0.0)
+        dropped = 1 - kept.sum(-1)
+        assert (dropped <= result.dropped_mass_bound.double() + 1e-6).all(), "more mass was dropped than certified"
+        error = (out - want).norm(dim=-1)
+        only = kept / kept.sum(-1, keepdim=True)
+        kept_out = (only.unflatten(1, (case.num_kv_heads, -1)) @ values.double()).flatten(1, 2)
+        wrong = (out - kept_out).norm(dim=-1)
+        assert (wrong <= result.arithmetic_bound.double()).all(), "arithmetic is off by more than its bound"
+    bound = (result.certificate + result.arithmetic_bound).double()
+    assert (error <= bound).all(), f"error {error.max():.3g} exceeds its certificate {bound.min():.3g}"
+    if rule.drop and rule.tau is None:
+        ranks = torch.where(valid, scores, -torch.inf).argsort(-1, descending=True).argsort(-1)
+        count = torch.ceil((stop - start) * rule.share - 1e-6).clamp_min(max(1, rule.count))[:, None, None]
+        assert (exact | ~(valid & (ranks < count))).all(), "a member of the true top was lost"
+
+    dense, lse = attend_dense(q, paged_keys, paged_values, start, stop, scale, table)
+    worst = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[case.dtype]
+    assert ((dense.double() - want).norm(dim=-1) <= worst * values.double().norm(dim=-1).max()).all()
+    true_lse = torch.where(valid, scores * scale, -torch.inf).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), true_lse, atol=1e-2, rtol=1e-3)
+    return {"error": float((error / want.norm(dim=-1)).mean()), "bound": float(bound.median())}
+
+
+def check_radii(keys, values, start, sketch) -> None:
+    """Decoded radii are at least what the codes missed, in float64; so are the values' errors and spreads."""
+    from louver.geometry.bounds import slice_lengths
+    from louver.geometry.metric import inverse_weight
+    from louver.sketch.layout import SCALES, unpack_nibbles
+
+    scales = SCALES.to(keys.device).double()
+    length = sketch.config.frame_len
+
+    def decode(codes, center, scale):
+        return (unpack_nibbles(codes).double() - 8) * scales[scale.long()][..., None, :] + center.double()[..., None, :]
+
+    for row, blocks in enumerate(sketch.num_blocks.tolist()):
+        span = slice(int(start[row]), int(start[row]) + blocks * length)
+        k, v = (x[row, :, span].double().unflatten(1, (blocks, length)) for x in (keys, values)) if blocks else (None, None)
+        if k is None:
+            continue
+        part = (row, slice(None), slice(0, blocks))
+        missed = k - decode(sketch.key_codes[part], sketch.key_center[part], sketch.key_scale[part])
+        u = inverse_weight(scales[sketch.key_scale[part].long()].float(), sketch.query_weight[row, :, None], sketch.config.metric)
+        squares = missed.square() / u.double()[..., None, :]
+        norms = torch.stack([p.sum(-1) for p in squares.split(slice_lengths(sketch.dims, sketch.config.slice_dims), -1)], -1).sqrt()
+        radius = sketch.key_radius[part]
+        held = radius.double() * sketch.radius_unit[part].double()[..., None, :]
+        bounded = radius != 255
+        assert (held >= norms)[bounded].all(), "a radius is smaller than what it stands for"
+        assert bounded.any() and (held <= norms * 1.01 + sketch.radius_unit[part].double()[..., None, :] * 1.01)[bounded].all()
+        known = bounded.all(-1)
+        off = (v - decode(sketch.value_codes[part], sketch.value_center[part], sketch.value_scale[part])).norm(dim=-1)
+        assert (torch.where(known, off, 0.0).amax(-1) <= sketch.value_error[part].double()).all()
+        away = (v - sketch.value_mean[row, :, None, None].double()).norm(dim=-1)
+        assert (torch.where(known, away, 0.0).amax(-1) <= sketch.value_spread[part].double()).all()
+
+
+def poison(sketch) -> None:
+    """Fill what the encoder must write with what would be noticed."""
+    for name, x in sketch.tensors():
+        if name not in ("num_blocks", "query_weight", "value_mean"):
+            x.fill_(torch.nan if x.dtype.is_floating_point else 255)
+
+
+def pages(keys, values, page_len: int):
+    """The same cache in shuffled pages; keys are stored dim-major to give K and V different strides."""
+    batch, heads, length, dim = keys.shape
+    per_row = -(-length // page_len)
+    order = torch.randperm(batch * per_row, generator=torch.Generator().manual_seed(0)).to(keys.device)
+    out = []
+    for x in (keys, values):
+        padded = torch.nn.functional.pad(x, (0, 0, 0, per_row * page_len - length))
+        flat = padded.unflatten(2, (per_row, page_len)).transpose(1, 2).flatten(0, 1)  # pages heads page_len dim
+        stored = torch.empty_like(flat)
+        stored[order] = flat
+        out.append(stored)
+    major = out[0].transpose(2, 3).contiguous().transpose(2, 3)
+    return order.reshape(batch, per_row).to(torch.int32), major, out[1]
+
+
+if __name__ == "__main__":
+    for number, case in enumerate(SMALL):
+        print(number, case, check(case, "cpu"), flush=True)
+    sys.exit(0)

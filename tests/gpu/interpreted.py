@@ -1,0 +1,16 @@
+"""Run the small cases of checks.py in Triton's interpreter, in a process of its own: the mode is chosen when triton is imported."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import interpreter
+
+interpreter.install()
+
+import checks
+
+if __name__ == "__main__":
+    for case in checks.SMALL:
+        print(case.policy, checks.check(case, "cpu"), flush=True)

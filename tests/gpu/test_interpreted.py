@@ -1,0 +1,16 @@
+"""The Triton backend without a GPU: its kernels run in the interpreter, in a process of their own."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
+def test_steps_keep_their_promises_in_the_interpreter():
+    script = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
