@@ -7,7 +7,7 @@ from torch import Tensor
 
 from louver.index import SketchIndex
 from louver.policies import BasePolicy, parse
-from louver.sketch import SketchConfig
+from louver.sketch import Sketch, SketchConfig
 
 TRAITS = (
     "spread",  # key norms over a factor of 2,500
@@ -22,7 +22,7 @@ TRAITS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Case:
     """One layer's decode step: a query per head, the cache, and which tokens of each row are real."""
 
@@ -33,6 +33,13 @@ class Case:
     kv_len: Tensor
     config: SketchConfig
     traits: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.keys.shape))
+        rows = list(zip(self.kv_start.tolist(), self.kv_len.tolist(), strict=True))
+        return (
+            f"Case({shape}, {self.q.shape[1]} query heads, {self.q.dtype}, {rows}, {set(self.traits)}, {self.config})"
+        )
 
     @property
     def group_size(self) -> int:
@@ -186,6 +193,16 @@ def within_certificate(case: Case, result) -> Tensor:
     error = (true_attention(case) - result.out.double()).norm(dim=-1)
     bound = result.certificate.double() + result.arithmetic_bound.double()
     return error <= bound * (1 + 1e-9) + 1e-12
+
+
+def assert_same_sketch(one: Sketch, other: Sketch) -> None:
+    """Every closed block of every row is the same, bit for bit."""
+    assert torch.equal(one.num_blocks, other.num_blocks)
+    for (name, x), (_, y) in zip(one.tensors(), other.tensors(), strict=True):
+        per_block = name not in ("num_blocks", "query_weight", "value_mean")
+        for row, count in enumerate(one.num_blocks.tolist()):
+            a, b = (t[row, :, :count] if per_block else t[row] for t in (x, y))
+            assert torch.equal(a, b), f"{name} differs in row {row}"
 
 
 def policies_to_try(kv_len: int) -> list[BasePolicy]:

@@ -12,6 +12,7 @@ from louver.errors import NonFiniteError, ShapeError
 Query = Float[Tensor, "batch num_q_heads head_dim"]
 Keys = Float[Tensor, "batch num_kv_heads kv_len head_dim"]
 Values = Float[Tensor, "batch num_kv_heads kv_len head_dim"]
+Cache = Float[Tensor, "rows num_kv_heads tokens head_dim"]  # keys or values: rows of a batch, or pages of a block table
 PerQueryHead = Float[Tensor, "batch num_q_heads"]
 PerRow = Int[Tensor, " batch"]
 

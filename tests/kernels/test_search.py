@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from helpers import (
     Case,
@@ -13,7 +14,10 @@ from helpers import (
     some_taus,
     true_scores,
 )
+from louver.geometry.metric import inverse_weight
 from louver.kernels import available_backends, get_ops
+from louver.sketch import SketchConfig
+from louver.sketch.layout import NO_BOUND, SCALES, unpack_nibbles
 from strategies import cases, seeds
 
 backends = pytest.mark.parametrize("backend", available_backends())
@@ -50,6 +54,37 @@ def test_bounds_contain_the_real_score(backend, case):
     fuzz = case.q.shape[2] * 2.0**-52 * truth.abs()
     assert not (undecided & (truth - fuzz > bounds.upper.double())).any()
     assert not (undecided & (truth + fuzz < bounds.lower.double())).any()
+
+
+@backends
+@given(case=cases(max_blocks=2, ragged=False), head=st.integers(0, 100), metric=st.sampled_from(("frame", "identity")))
+def test_the_bound_holds_and_is_nearly_attained_along_a_residual(backend, case, head, metric):
+    """Cauchy-Schwarz is an equality for the query that points along what a key's codes missed: no room to hide an error."""
+    index = case.index(backend, config=SketchConfig(frame_len=case.config.frame_len, slice_dims=256, metric=metric))
+    sketch, ops = index.sketch, get_ops(backend)
+    head %= case.keys.shape[1]
+    for block in range(int(sketch.num_blocks.min())):
+        codes, center, scale = (x[0, head, block] for x in (sketch.key_codes, sketch.key_center, sketch.key_scale))
+        decoded = (unpack_nibbles(codes).double() - 8) * SCALES[scale.long()].double() + center.double()
+        radius = sketch.key_radius[0, head, block, :, 0].int()
+        token = int(torch.where(radius < NO_BOUND, radius, -1).argmax())
+        span = slice(block * case.config.frame_len, (block + 1) * case.config.frame_len)
+        keys = torch.nn.functional.pad(case.keys[0, head, span].double(), (0, decoded.shape[-1] - case.keys.shape[-1]))
+        residual = (keys - decoded)[token]
+        if not torch.isfinite(residual).all() or radius[token] == NO_BOUND or residual.norm() == 0:
+            continue
+        along = residual / inverse_weight(SCALES[scale.long()], sketch.query_weight[0, head], metric).double()
+        along = along[: case.keys.shape[-1]] / along.norm()
+        for sign in (1, -1):
+            q = torch.zeros(case.q.shape)
+            q[0, head * case.group_size] = sign * along.float()
+            bounds = ops.bounds(q, case.keys, sketch, case.kv_start, case.kv_len, 1.0)
+            at = (0, head * case.group_size, span.start + token)
+            true = q[at[:2]].double() @ keys[token, : q.shape[-1]]
+            assert bounds.lower[at].double() <= true <= bounds.upper[at].double()
+            edge = bounds.upper[at] if sign > 0 else bounds.lower[at]
+            tolerance = 2e-3 * residual.norm() + 1e-4 * decoded[token].norm() + 1e-4 * center.double().norm()
+            assert (edge.double() - true).abs() <= tolerance + 1e-7, "the bound is looser than its radius"
 
 
 @backends

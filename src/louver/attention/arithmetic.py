@@ -22,12 +22,12 @@ def attention_arithmetic(
     group_size = q.shape[1] // keys.shape[1]
     off = logit_error(q, keys, softmax_scale)
     largest = largest_norm(values, group_size)
-    num_terms = num_terms.double().clamp_min(1)
+    num_terms = num_terms.double()
     unit, tiny = UNIT_OF[q.dtype], SMALLEST_NORMAL[q.dtype] * UNIT_OF[q.dtype]
     sums = (2 * gamma(num_terms + 8) + num_terms * tiny).float()
     weights = 0.0 if q.dtype == torch.float32 else 2 * unit
     bound = (2 * torch.expm1(2 * off) * (1 + weights) + sums + weights + unit) * largest
-    return bound * (1 + 1e-5) + q.shape[2] ** 0.5 * tiny
+    return torch.where(num_terms > 0, bound * (1 + 1e-5) + q.shape[2] ** 0.5 * tiny, 0.0)  # of nothing, exactly 0
 
 
 def logit_error(q: Query, keys: Keys, softmax_scale: float) -> PerQueryHead:

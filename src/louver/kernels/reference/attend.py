@@ -12,15 +12,15 @@ from louver.kernels.reference.product import matmul
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
 from louver.kernels.reference.search import csr_rows, score
 from louver.protocols import COUNTS, Cuts
-from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
+from louver.shapes import Cache, Keys, PerQueryHead, PerRow, Query, Values
 from louver.sketch.encode import decode_frames
 from louver.sketch.layout import Sketch, unpack_nibbles
 
 
 def attend_dense(
     q: Query,
-    keys: Keys,
-    values: Values,
+    keys: Cache,
+    values: Cache,
     kv_start: PerRow,
     kv_len: PerRow,
     softmax_scale: float,
@@ -62,8 +62,8 @@ def attend_selection(
 
 def attend_tiers(
     q: Query,
-    keys: Keys,
-    values: Values,
+    keys: Cache,
+    values: Cache,
     sketch: Sketch,
     bounds: Bounds,
     cuts: Cuts,

@@ -12,7 +12,7 @@ from louver.kernels.reference.paging import contiguous
 from louver.kernels.reference.product import matmul
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, valid_rows
 from louver.protocols import BoundSummary
-from louver.shapes import Keys, PerRow, Query
+from louver.shapes import Cache, PerRow, Query
 from louver.sketch.encode import decode_frames
 from louver.sketch.layout import NO_BOUND, SCALES, Sketch, unpack_nibbles
 
@@ -22,7 +22,7 @@ TOP_SHARE = 3 / 4  # of the bins lie between the mean and the largest upper boun
 
 def bounds(
     q: Query,
-    keys: Keys,
+    keys: Cache,
     sketch: Sketch,
     kv_start: PerRow,
     kv_len: PerRow,

@@ -7,14 +7,14 @@ from torch import Tensor
 from louver.geometry.metric import inverse_weight
 from louver.geometry.rounding import round_up_float32
 from louver.kernels.reference.paging import contiguous
-from louver.shapes import Keys, PerRow, Values
+from louver.shapes import Cache, PerRow
 from louver.sketch.encode import encode_radii, fit_frames, representable
 from louver.sketch.layout import SCALES, Sketch, pack_nibbles
 
 
 def encode_block(
-    keys: Keys,
-    values: Values | None,
+    keys: Cache,
+    values: Cache | None,
     sketch: Sketch,
     kv_start: PerRow,
     kv_len: PerRow,

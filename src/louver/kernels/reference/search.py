@@ -8,7 +8,7 @@ from louver.geometry.rounding import score_slack
 from louver.kernels.reference.bounds import bounds
 from louver.kernels.reference.paging import contiguous
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
-from louver.shapes import Keys, PerQueryHead, PerRow, Query
+from louver.shapes import Cache, Keys, PerQueryHead, PerRow, Query
 from louver.sketch.layout import Sketch
 
 Csr = tuple[Int[Tensor, " rows_plus_1"], Int[Tensor, " selected"], Float[Tensor, " selected"]]
@@ -17,7 +17,7 @@ Csr = tuple[Int[Tensor, " rows_plus_1"], Int[Tensor, " selected"], Float[Tensor,
 def search(
     q: Query,
     tau: PerQueryHead,
-    keys: Keys,
+    keys: Cache,
     sketch: Sketch,
     kv_start: PerRow,
     kv_len: PerRow,

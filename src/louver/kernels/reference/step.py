@@ -11,14 +11,14 @@ from louver.kernels.reference.attend import attend_tiers
 from louver.kernels.reference.bounds import bounds
 from louver.kernels.reference.resolve import resolve
 from louver.protocols import BoundSummary, CutRule, Cuts
-from louver.shapes import Keys, PerRow, Query, Values
+from louver.shapes import Cache, PerRow, Query
 from louver.sketch.layout import Sketch
 
 
 def step(
     q: Query,
-    keys: Keys,
-    values: Values,
+    keys: Cache,
+    values: Cache,
     sketch: Sketch,
     rule: CutRule,
     kv_start: PerRow,
