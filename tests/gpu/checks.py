@@ -67,7 +67,7 @@ def build(case: Case, device: str):
 
 def truth(q, keys, values, start, stop):
     """Scores [batch, num_q_heads, kv_len], which keys are valid, and exact attention, in float64."""
-    batch, heads = keys.shape[:2]
+    heads = keys.shape[1]
     grouped = q.double().unflatten(1, (heads, -1))
     scores = grouped @ keys.double().mT
     position = torch.arange(keys.shape[2], device=q.device)
@@ -91,7 +91,12 @@ def check(case: Case, device: str) -> dict[str, float]:
     reference = index.sketch
     assert reference is not None
     sketch = empty_sketch(
-        reference.config, case.batch, case.num_kv_heads, case.head_dim, torch.device(device), max(1, reference.capacity) + 1
+        reference.config,
+        case.batch,
+        case.num_kv_heads,
+        case.head_dim,
+        torch.device(device),
+        max(1, reference.capacity) + 1,
     )
     poison(sketch)
     sketch.value_mean.copy_(reference.value_mean)
@@ -162,19 +167,30 @@ def check_radii(keys, values, start, sketch) -> None:
 
     for row, blocks in enumerate(sketch.num_blocks.tolist()):
         span = slice(int(start[row]), int(start[row]) + blocks * length)
-        k, v = (x[row, :, span].double().unflatten(1, (blocks, length)) for x in (keys, values)) if blocks else (None, None)
+        k, v = (
+            (x[row, :, span].double().unflatten(1, (blocks, length)) for x in (keys, values))
+            if blocks
+            else (None, None)
+        )
         if k is None:
             continue
         part = (row, slice(None), slice(0, blocks))
         missed = k - decode(sketch.key_codes[part], sketch.key_center[part], sketch.key_scale[part])
-        u = inverse_weight(scales[sketch.key_scale[part].long()].float(), sketch.query_weight[row, :, None], sketch.config.metric)
+        u = inverse_weight(
+            scales[sketch.key_scale[part].long()].float(), sketch.query_weight[row, :, None], sketch.config.metric
+        )
         squares = missed.square() / u.double()[..., None, :]
-        norms = torch.stack([p.sum(-1) for p in squares.split(slice_lengths(sketch.dims, sketch.config.slice_dims), -1)], -1).sqrt()
+        norms = torch.stack(
+            [p.sum(-1) for p in squares.split(slice_lengths(sketch.dims, sketch.config.slice_dims), -1)], -1
+        ).sqrt()
         radius = sketch.key_radius[part]
         held = radius.double() * sketch.radius_unit[part].double()[..., None, :]
         bounded = radius != 255
         assert (held >= norms)[bounded].all(), "a radius is smaller than what it stands for"
-        assert bounded.any() and (held <= norms * 1.01 + sketch.radius_unit[part].double()[..., None, :] * 1.01)[bounded].all()
+        assert (
+            bounded.any()
+            and (held <= norms * 1.01 + sketch.radius_unit[part].double()[..., None, :] * 1.01)[bounded].all()
+        )
         known = bounded.all(-1)
         off = (v - decode(sketch.value_codes[part], sketch.value_center[part], sketch.value_scale[part])).norm(dim=-1)
         assert (torch.where(known, off, 0.0).amax(-1) <= sketch.value_error[part].double()).all()
@@ -191,7 +207,7 @@ def poison(sketch) -> None:
 
 def pages(keys, values, page_len: int):
     """The same cache in shuffled pages; keys are stored dim-major to give K and V different strides."""
-    batch, heads, length, dim = keys.shape
+    batch, _, length, _ = keys.shape
     per_row = -(-length // page_len)
     order = torch.randperm(batch * per_row, generator=torch.Generator().manual_seed(0)).to(keys.device)
     out = []

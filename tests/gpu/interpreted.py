@@ -9,7 +9,7 @@ import interpreter
 
 interpreter.install()
 
-import checks
+import checks  # noqa: E402
 
 if __name__ == "__main__":
     for case in checks.SMALL:

@@ -36,11 +36,15 @@ CASES = [
         ]
     ),
     Case(policy="exact:0.01", head_dim=128, group=4, kv_len=9001, frame_len=128, page_len=256, pad=300, batch=3),
-    Case(policy="budget:0.01+sinks:4+recent:64", head_dim=128, group=4, kv_len=9001, frame_len=128, page_len=256, pad=300),
+    Case(
+        policy="budget:0.01+sinks:4+recent:64", head_dim=128, group=4, kv_len=9001, frame_len=128, page_len=256, pad=300
+    ),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.policy}-{c.head_dim}x{c.group}-{c.kv_len}-{str(c.dtype)[6:]}")
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"{c.policy}-{c.head_dim}x{c.group}-{c.kv_len}-{str(c.dtype)[6:]}"
+)
 def test_step_keeps_its_promises(case):
     print(checks.check(case, "cuda"))
 

@@ -4,6 +4,9 @@ Arithmetic bound: with every |k_d| <= K and |v_d| <= V met on the way, a logit i
 scale gamma |q|_1 K plus the rounding of its exponential, and the sums by a few roundings of V sqrt(D).
 """
 
+# pyright: reportCallIssue=false
+# Constexprs and launch options are no parameters to a type checker.
+
 import torch
 import triton
 import triton.language as tl
@@ -65,8 +68,16 @@ def _dense_kernel(
     tl.store(part_out + at[:, None] * D + d[None, :], out, mask=real[:, None] & (d < D)[None, :])
     tl.store(part_sums + at * 4, peak, mask=real)
     tl.store(part_sums + at * 4 + 1, weights, mask=real)
-    tl.store(part_sums + at * 4 + 2, tl.zeros((GP,), tl.float32) + tl.max(tl.max(largest_key, 0), 0).to(tl.float32), mask=real)
-    tl.store(part_sums + at * 4 + 3, tl.zeros((GP,), tl.float32) + tl.max(tl.max(largest_value, 0), 0).to(tl.float32), mask=real)
+    tl.store(
+        part_sums + at * 4 + 2,
+        tl.zeros((GP,), tl.float32) + tl.max(tl.max(largest_key, 0), 0).to(tl.float32),
+        mask=real,
+    )
+    tl.store(
+        part_sums + at * 4 + 3,
+        tl.zeros((GP,), tl.float32) + tl.max(tl.max(largest_value, 0), 0).to(tl.float32),
+        mask=real,
+    )
 
 
 @triton.jit

@@ -4,6 +4,9 @@ The encoder is free to choose frames; its promise is the radius (sketch/encode.p
 4 u (|x| + |center| + 8 scale), which covers the four roundings of computing it, and norms by NORM_INFLATION.
 """
 
+# pyright: reportCallIssue=false
+# Constexprs and launch options are no parameters to a type checker.
+
 import torch
 import triton
 import triton.language as tl
@@ -78,18 +81,42 @@ def _encode_kernel(
     # The slices of the head dimension a radius stands for: LONG of them hold SHORT + 1 channels, the rest SHORT.
     low_slice = tl.where(half < LONG * (SHORT + 1), half // (SHORT + 1), LONG + (half - LONG * (SHORT + 1)) // SHORT)
     upper = half + D // 2
-    high_slice = tl.where(upper < LONG * (SHORT + 1), upper // (SHORT + 1), LONG + (upper - LONG * (SHORT + 1)) // SHORT)
+    high_slice = tl.where(
+        upper < LONG * (SHORT + 1), upper // (SHORT + 1), LONG + (upper - LONG * (SHORT + 1)) // SHORT
+    )
     for b in range(tl.load(num_blocks + row) + tl.program_id(1), full, tl.num_programs(1)):
         token = start + b * L + t
         inside = (t < L)[:, None] & in_half[None, :]
-        at = token_offset(table, row, head, tl.where(t < L, token, start + b * L), k_page, k_head, k_token, table_stride, page_len, PAGED)
+        at = token_offset(
+            table,
+            row,
+            head,
+            tl.where(t < L, token, start + b * L),
+            k_page,
+            k_head,
+            k_token,
+            table_stride,
+            page_len,
+            PAGED,
+        )
         k_low = tl.load(k + at[:, None] + half[None, :] * k_dim, mask=inside, other=0.0).to(tl.float32)
         k_high = tl.load(k + at[:, None] + upper[None, :] * k_dim, mask=inside, other=0.0).to(tl.float32)
         fits = ((tl.abs(k_low) <= LARGEST) & (tl.abs(k_high) <= LARGEST)).to(tl.int32)
         valid = (tl.min(fits, 1) > 0) & (t < L)
         block = pid.to(tl.int64) * capacity + b
         if VALUES:
-            at = token_offset(table, row, head, tl.where(t < L, token, start + b * L), v_page, v_head, v_token, table_stride, page_len, PAGED)
+            at = token_offset(
+                table,
+                row,
+                head,
+                tl.where(t < L, token, start + b * L),
+                v_page,
+                v_head,
+                v_token,
+                table_stride,
+                page_len,
+                PAGED,
+            )
             v_low = tl.load(v + at[:, None] + half[None, :] * v_dim, mask=inside, other=0.0).to(tl.float32)
             v_high = tl.load(v + at[:, None] + upper[None, :] * v_dim, mask=inside, other=0.0).to(tl.float32)
             fits = ((tl.abs(v_low) <= LARGEST) & (tl.abs(v_high) <= LARGEST)).to(tl.int32)

@@ -4,6 +4,9 @@ Sums of one split, in units of e^peak (nats): weights, floors of the true weight
 of what a threshold rejected, in units of e^low.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# A jitted function that returns a tuple has no type a checker could know.
+
 import triton
 import triton.language as tl
 
@@ -71,10 +74,14 @@ def rank_kernel(
             entry = tl.load(listed + pid.to(tl.int64) * room + index, mask=inside & (index < num_listed), other=0)
             token = tl.where(index < num_listed, entry & (DECIDED - 1), rest + index - num_listed)
             token = start + tl.where(inside, token, 0)
-            at = token_offset(table, row, pid % num_kv_heads, token, k_page, k_head, k_token, table_stride, page_len, PAGED)
+            at = token_offset(
+                table, row, pid % num_kv_heads, token, k_page, k_head, k_token, table_stride, page_len, PAGED
+            )
             scores, slack = _scores(x, x_abs, k, at, d, k_dim, inside, slack_share, D, x.dtype)
             logit = (scores - slack) * scale
-            position = (logit - origin[None, :]) * STEPS - (tl.abs(logit) + tl.abs(origin)[None, :]) * (2.0**-20 * STEPS)
+            position = (logit - origin[None, :]) * STEPS - (tl.abs(logit) + tl.abs(origin)[None, :]) * (
+                2.0**-20 * STEPS
+            )
             place = tl.floor(position) - cut[None, :].to(tl.float32)
             counts = inside[:, None] & real[None, :] & (place >= 0)
             place = tl.minimum(tl.maximum(place, 0.0), RANK_BINS - 1.0).to(tl.int32)

@@ -11,7 +11,6 @@ from louver.kernels.triton.common import (
     LN2,
     SPREAD,
     STEPS,
-    UNIT,
     VALUE_BLOCKS,
     exp,
 )

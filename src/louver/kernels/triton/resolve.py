@@ -28,7 +28,10 @@ def resolve_kernel(
     inside = (chunk < blocks)[:, None] & (t < L)[None, :]
     bins = tl.arange(0, BINS)
     if tl.program_id(1) * CHUNK < blocks:
-        code = tl.load(upper + (block * G + pid % G)[:, None] * L + t[None, :], mask=inside, other=32767).to(tl.int32) + SIGNED
+        code = (
+            tl.load(upper + (block * G + pid % G)[:, None] * L + t[None, :], mask=inside, other=32767).to(tl.int32)
+            + SIGNED
+        )
         free = inside & (code != ALWAYS)
         width = tl.load(reach + (block * (SLICES + 2) + SLICES + 1) * G + pid % G, mask=chunk < blocks, other=0.0)
         width = tl.minimum(tl.ceil(2 * STEPS * width * (1 + 2.0**-18)) + 3, 65535.0).to(tl.int32)
@@ -65,7 +68,9 @@ def resolve_kernel(
                 cut = tl.maximum(tl.sum((lower_from >= need).to(tl.int32), 0) - 1, 0) * 32
                 cut_tau = (origin + cut.to(tl.float32) / STEPS) / scale
             if not FIXED:
-                cut_tau = tl.where((cut == 0) | (cut_tau != cut_tau), -float("inf"), cut_tau - tl.abs(cut_tau) * 2.0**-20)
+                cut_tau = tl.where(
+                    (cut == 0) | (cut_tau != cut_tau), -float("inf"), cut_tau - tl.abs(cut_tau) * 2.0**-20
+                )
             unread = cut
         else:
             cut = tl.maximum(tl.sum((upper_from >= need).to(tl.int32), 0) - 1, 0) * 32

@@ -67,7 +67,9 @@ def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_
     return kernel
 
 
-def launch(kernel: ctypes.c_void_p, grid: tuple[int, int], threads: int, arguments: list[Tensor | ctypes._SimpleCData]) -> None:
+def launch(
+    kernel: ctypes.c_void_p, grid: tuple[int, int], threads: int, arguments: list[Tensor | ctypes._SimpleCData]
+) -> None:
     """Launch on torch's current stream. Tensors pass their address, numbers are given as the ctypes of the parameter."""
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])

@@ -68,8 +68,8 @@ def prepare_kernel(
     tl.store(masses + pid * 2, 0.0)
     tl.store(masses + pid * 2 + 1, 0.0)
     if pid % G == 0:
-        i = tl.arange(0, NUM_COUNTERS)
-        tl.store(counters + pid // G * NUM_COUNTERS + i, tl.zeros((NUM_COUNTERS,), tl.int32))
+        each = tl.arange(0, NUM_COUNTERS)
+        tl.store(counters + pid // G * NUM_COUNTERS + each, tl.zeros((NUM_COUNTERS,), tl.int32))
 
 
 @triton.jit
@@ -133,10 +133,18 @@ def scan_kernel(
             other=0,
         )
         at = block * D
-        p0, bias0, s0, z0, n0, i0 = _frame_part(x0, center, key_scale, scales, weight, pid, at, word, 0, D, FRAME, SLICES, LONG, SHORT)
-        p1, bias1, s1, z1, n1, i1 = _frame_part(x1, center, key_scale, scales, weight, pid, at, word, 1, D, FRAME, SLICES, LONG, SHORT)
-        p2, bias2, s2, z2, n2, i2 = _frame_part(x2, center, key_scale, scales, weight, pid, at, word, 2, D, FRAME, SLICES, LONG, SHORT)
-        p3, bias3, s3, z3, n3, i3 = _frame_part(x3, center, key_scale, scales, weight, pid, at, word, 3, D, FRAME, SLICES, LONG, SHORT)
+        p0, bias0, s0, z0, n0, i0 = _frame_part(
+            x0, center, key_scale, scales, weight, pid, at, word, 0, D, FRAME, SLICES, LONG, SHORT
+        )
+        p1, bias1, s1, z1, n1, i1 = _frame_part(
+            x1, center, key_scale, scales, weight, pid, at, word, 1, D, FRAME, SLICES, LONG, SHORT
+        )
+        p2, bias2, s2, z2, n2, i2 = _frame_part(
+            x2, center, key_scale, scales, weight, pid, at, word, 2, D, FRAME, SLICES, LONG, SHORT
+        )
+        p3, bias3, s3, z3, n3, i3 = _frame_part(
+            x3, center, key_scale, scales, weight, pid, at, word, 3, D, FRAME, SLICES, LONG, SHORT
+        )
         dots = tl.dot(nibble(c, 0), tl.trans(p0))
         dots = tl.dot(nibble(c, 1), tl.trans(p1), acc=dots)
         dots = tl.dot(nibble(c, 2), tl.trans(p2), acc=dots)
@@ -149,7 +157,9 @@ def scan_kernel(
         out = reach + (block * (SLICES + 2)) * G + g
         for s in tl.static_range(SLICES):
             square = tl.sum(tl.where((i0 == s)[None, :], n0, 0.0), 1) + tl.sum(tl.where((i1 == s)[None, :], n1, 0.0), 1)
-            square += tl.sum(tl.where((i2 == s)[None, :], n2, 0.0), 1) + tl.sum(tl.where((i3 == s)[None, :], n3, 0.0), 1)
+            square += tl.sum(tl.where((i2 == s)[None, :], n2, 0.0), 1) + tl.sum(
+                tl.where((i3 == s)[None, :], n3, 0.0), 1
+            )
             factor = tl.sqrt(square) * (tl.load(radius_unit + block * SLICES + s) * inflation)
             r = tl.load(radius + (block * L + t) * SLICES + s, mask=t < L, other=0)
             bounded = bounded & (r != 255)

@@ -11,6 +11,9 @@
 A list that overflows its room makes its KV head dense, in ``exact``, on the device. Below ``crossover`` tokens the step is dense.
 """
 
+# pyright: reportCallIssue=false
+# Constexprs and launch options are no parameters to a type checker.
+
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -66,7 +69,14 @@ class Workspace(NamedTuple):
 
 @lru_cache(maxsize=8)
 def workspace(
-    device: torch.device, rows: int, group: int, dims: int, capacity: int, frame_len: int, slices: int, splits: tuple[int, int]
+    device: torch.device,
+    rows: int,
+    group: int,
+    dims: int,
+    capacity: int,
+    frame_len: int,
+    slices: int,
+    splits: tuple[int, int],
 ) -> Workspace:
     """Allocate the buffers for rows = batch * num_kv_heads."""
     heads, (scans, exacts) = rows * group, splits
@@ -135,7 +145,19 @@ def step(
         return _output(out, evidence, counts, None)
     if not serves(q, sketch, keys, values):
         return reference_step(
-            q, keys, values, sketch, rule, kv_start, kv_len, softmax_scale, sinks, recent, keep_best, record, block_table
+            q,
+            keys,
+            values,
+            sketch,
+            rule,
+            kv_start,
+            kv_len,
+            softmax_scale,
+            sinks,
+            recent,
+            keep_best,
+            record,
+            block_table,
         )
     num_kv_heads = keys.shape[1]
     group, rows = num_q_heads // num_kv_heads, batch * num_kv_heads
@@ -187,9 +209,11 @@ def step(
             G=group, **frames, CHUNK=chunk, NUM_COUNTERS=COUNTERS, num_warps=4,
         )  # fmt: skip
     else:
+        frames_of_values = sketch.value_frames
+        assert frames_of_values is not None, "a policy that drops nothing needs sketched values"
         tiers_kernel[(rows, scans)](
-            w.upper, w.reach, sketch.key_radius, sketch.value_codes.view(torch.int16), sketch.value_center, sketch.value_scale,
-            sketch.value_error, sketch.value_spread, scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out,
+            w.upper, w.reach, sketch.key_radius, frames_of_values.codes.view(torch.int16), frames_of_values.center, frames_of_values.scale,
+            frames_of_values.error, sketch.value_spread, scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out,
             w.tier_sums, num_kv_heads, capacity, room, **heads, **words, **frames, SLICES=slices, NUM_COUNTERS=COUNTERS,
             STAGES=1, num_warps=4,
         )  # fmt: skip

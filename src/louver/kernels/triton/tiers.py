@@ -41,10 +41,15 @@ def list_kernel(
         reaches = tl.zeros((CHUNK, LP), tl.int32)
         decided = tl.zeros((CHUNK, LP), tl.int32)
         for g in tl.static_range(G):
-            code = tl.load(upper + (block * G + g)[:, None] * L + t[None, :], mask=inside, other=-32768).to(tl.int32) + SIGNED
+            code = (
+                tl.load(upper + (block * G + g)[:, None] * L + t[None, :], mask=inside, other=-32768).to(tl.int32)
+                + SIGNED
+            )
             reached = code >= tl.load(cuts + (pid * G + g) * 2)
             reaches = reaches | reached.to(tl.int32)
-            mass = tl.where(inside & (reached == 0), tl.exp2((code.to(tl.float32) * (1.0 / STEPS) - BELOW) * LOG2E), 0.0)
+            mass = tl.where(
+                inside & (reached == 0), tl.exp2((code.to(tl.float32) * (1.0 / STEPS) - BELOW) * LOG2E), 0.0
+            )
             tl.atomic_add(below + pid * G + g, tl.sum(tl.sum(mass, 1), 0), sem="relaxed")
             if g == 0:
                 decided = (code == ALWAYS).to(tl.int32)
@@ -112,9 +117,12 @@ def tiers_kernel(
     each = tl.cdiv(blocks, splits)
     for b in tl.range(split * each, tl.minimum(split * each + each, blocks), num_stages=STAGES):
         block = pid.to(tl.int64) * capacity + b
-        code = tl.load(
-            upper + (block * G + g)[None, :] * L + t[:, None], mask=(t < L)[:, None] & real[None, :], other=-32768
-        ).to(tl.int32) + SIGNED
+        code = (
+            tl.load(
+                upper + (block * G + g)[None, :] * L + t[:, None], mask=(t < L)[:, None] & real[None, :], other=-32768
+            ).to(tl.int32)
+            + SIGNED
+        )
         exact = tl.max((code >= cut[None, :]).to(tl.int32), 1) * (t < L).to(tl.int32)
         number = tl.sum(exact, 0)
         if number > 0:

@@ -1,0 +1,296 @@
+"""Decode attention on a GPU beside what torch offers: cold L2, CUDA graphs, interleaved replays, median with p20 and p80.
+
+Every Louver row is checked in the same run: recall counted over all keys against float64 scores, the output error against float64
+attention, and the certificate against that error.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from louver.index.sketch import SketchIndex
+from louver.kernels import get_ops
+from louver.kernels.ops import TierOutput
+from louver.policies.spec import parse
+from louver.protocols import StepStats
+from louver.sketch.accounting import byte_weights
+from louver.sketch.layout import SketchConfig
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+EAGER_REPEAT_TOKENS = 65536  # repeated KV of longer caches is only a way to run out of memory
+FLUSH_BYTES = 256 << 20  # more than any L2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One shape; every field but ``repetitions`` changes results."""
+
+    kv_len: int
+    policies: tuple[str, ...] = ("budget:0.01", "topk:20", "exact:0.01")
+    batch: int = 1
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    dtype: str = "float16"
+    frame_len: int = 128
+    seed: int = 0
+    repetitions: int = 31
+    baselines: tuple[str, ...] = ("sdpa_flash", "sdpa_cudnn", "dense", "eager_grouped", "eager_repeat")
+
+
+def heavy_tailed(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, keys, values and 64 more queries: Gaussian keys with per-block channel offsets, 1.2% pushed along the queries."""
+    g = torch.Generator("cuda").manual_seed(config.seed)
+    dtype, dim, n = DTYPES[config.dtype], config.head_dim, config.kv_len
+    shape = (config.batch, config.num_kv_heads)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, device="cuda", generator=g)
+
+    direction = normal(*shape, 1, dim)
+    keys = torch.empty(*shape, n, dim, device="cuda", dtype=dtype)
+    values = torch.empty_like(keys)
+    for row in range(config.batch):
+        for head in range(config.num_kv_heads):
+            offsets = normal(-(-n // 128), 1, dim).expand(-1, 128, -1).reshape(-1, dim)[:n]
+            pushed = torch.rand(n, 1, device="cuda", generator=g) < 0.012
+            along = direction[row, head] / direction[row, head].norm()
+            reach = 6 * (0.7 + 0.6 * torch.rand(n, 1, device="cuda", generator=g))
+            keys[row, head] = (0.6 * normal(n, dim) + 0.8 * offsets + pushed * reach * along).to(dtype)
+            values[row, head] = (normal(n, dim)).to(dtype)
+    group = config.num_q_heads // config.num_kv_heads
+    q = (direction + 0.6 * normal(*shape, group, dim)).flatten(1, 2).to(dtype)
+    more = (direction[:, :, None] + 0.6 * normal(*shape, group, 64, dim)).flatten(1, 2).to(dtype)
+    return q, keys, values, more
+
+
+def run(config: Config) -> Iterator[dict]:
+    """Yield result rows: one per baseline and policy."""
+    q, keys, values, more = heavy_tailed(config)
+    scale = config.head_dim**-0.5
+    index = SketchIndex.build(keys, values, more, config=SketchConfig(frame_len=config.frame_len), backend="triton")
+    runs: dict[str, Callable[[], object]] = _baselines(config, q, keys, values, index, scale)
+    ops = get_ops("triton")
+    store, sketch = index.store, index.sketch
+    assert sketch is not None
+
+    def decode(spec: str, record: bool = False) -> TierOutput:
+        policy = parse(spec)
+        rule = policy.rule()
+        assert rule is not None
+        return ops.step(q, keys, values, sketch, rule, store.kv_start, store.kv_len, scale, 0, 0, True, record)
+
+    for spec in config.policies:
+        runs[spec] = lambda spec=spec: decode(spec)
+    times = interleaved(runs, config.repetitions)
+    checked = {spec: check(q, keys, values, decode(spec), decode(spec, True), scale, spec) for spec in config.policies}
+    medians = {name: percentile(t, 50) for name, t in times.items()}
+    dense = [medians[n] for n in ("sdpa_flash", "sdpa_cudnn", "dense") if n in medians]
+    torchs = [medians[n] for n in ("sdpa_flash", "sdpa_cudnn") if n in medians]
+    dense_bytes = 2 * keys.numel() * keys.element_size()
+    for name, t in times.items():
+        row = {
+            "kv_len": config.kv_len,
+            "batch": config.batch,
+            "head_dim": config.head_dim,
+            "num_q_heads": config.num_q_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "dtype": config.dtype,
+            "data": "heavy_tailed",
+            "device": torch.cuda.get_device_name(),
+            "policy": name if name in config.policies else "dense",
+            "index": "sketch" if name in config.policies else "none",
+            "backend": "triton" if name in config.policies else name,
+            "latency_us": percentile(t, 50),
+            "latency_us_p20": percentile(t, 20),
+            "latency_us_p80": percentile(t, 80),
+            "speedup_vs_best_dense": min(dense) / medians[name],
+            "speedup_vs_best_torch": min(torchs) / medians[name] if torchs else None,
+            **{f"speedup_vs_{other}": medians[other] / medians[name] for other in config.baselines if other in medians},
+        }
+        if name in checked:
+            result = checked[name]
+            stats = StepStats(
+                table=result.pop("counts"),
+                byte_weights=byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, config.frame_len),
+                head_dim=sketch.head_dim,
+                drops=parse(name).drops,
+            )
+            row |= {"bytes_fraction": stats.bytes_fraction, "scanned_fraction": stats.fraction("scanned")}
+            row |= {"live_fraction": stats.fraction("coarse"), "exact_fraction": stats.fraction("exact"), **result}
+            row["gb_per_s"] = stats.bytes_fraction * dense_bytes / row["latency_us"] / 1e3
+        else:
+            row |= {"bytes_fraction": 1.0, "guarantee": "exact", "gb_per_s": dense_bytes / row["latency_us"] / 1e3}
+        yield row
+
+
+def _baselines(config: Config, q: Tensor, keys: Tensor, values: Tensor, index: SketchIndex, scale: float) -> dict:
+    dense = get_ops("triton").attend_dense
+    token = q[:, :, None]
+    group = config.num_q_heads // config.num_kv_heads
+
+    def sdpa(backend: SDPBackend) -> Callable[[], Tensor]:
+        def attend() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(token, keys, values, scale=scale, enable_gqa=True)
+
+        return attend
+
+    def eager_repeat() -> Tensor:
+        k, v = (x.repeat_interleave(group, 1) for x in (keys, values))
+        return torch.softmax((token @ k.mT) * scale, -1) @ v
+
+    def eager_grouped() -> Tensor:
+        grouped = q.unflatten(1, (config.num_kv_heads, group))
+        return torch.softmax((grouped @ keys.mT) * scale, -1) @ values
+
+    made = {
+        "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+        "dense": lambda: dense(q, keys, values, index.store.kv_start, index.store.kv_len, scale),
+        "eager_grouped": eager_grouped,
+        "eager_repeat": eager_repeat,
+    }
+    too_long = config.batch * config.kv_len > EAGER_REPEAT_TOKENS
+    return {n: f for n, f in made.items() if n in config.baselines and not (n == "eager_repeat" and too_long)}
+
+
+def interleaved(runs: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Microseconds of each call, captured in a graph, replayed in turn with a cold L2. A call that cannot run is left out."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    graphs = {}
+    for name, call in runs.items():
+        try:
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+        except RuntimeError as error:  # torch says so where a backend does not take a shape
+            print(f"{name} cannot run here: {str(error).splitlines()[0]}")
+            continue
+        graphs[name] = graph
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for repetition in range(repetitions + 2):
+        for name, graph in graphs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            if repetition >= 2:
+                times[name].append(begin.elapsed_time(end) * 1e3)
+    return times
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The percentile of a list, by the nearest rank."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share / 100))]
+
+
+def check(
+    q: Tensor, keys: Tensor, values: Tensor, fast: TierOutput, recorded: TierOutput, scale: float, spec: str
+) -> dict:
+    """Recall over all keys, true error and certificate of a step, against float64; head by head to bound memory."""
+    group = q.shape[1] // keys.shape[1]
+    rule = parse(spec).rule()
+    assert rule is not None
+    asked = found = lost = 0
+    errors, bounds, dropped, dropped_bounds = [], [], [], []
+    selected = 0.0
+    for row in range(q.shape[0]):
+        for head in range(q.shape[1]):
+            kv = head // group
+            scores = torch.cat([k.double() @ q[row, head].double() for k in keys[row, kv].split(65536)])
+            weights = torch.softmax(scores * scale, 0)
+            want = sum(w @ v.double() for w, v in zip(weights.split(65536), values[row, kv].split(65536), strict=True))
+            assert recorded.exact_mask is not None
+            exact = recorded.exact_mask[row, head]
+            tau = recorded.tau[row, head].double()
+            lost += int(((scores >= tau) & ~exact).sum())
+            relevant = scores >= tau
+            if rule.drop and rule.tau is None:
+                need = max(rule.count, -int(-(rule.share * keys.shape[2] - 1e-6) // 1), 1)
+                relevant = scores >= scores.topk(need).values[-1]
+            asked += int(relevant.sum())
+            found += int((relevant & exact).sum())
+            selected += float(exact.double().mean())
+            errors.append(float((fast.out[row, head].double() - want).norm() / want.norm()))
+            bounds.append(float((fast.certificate + fast.arithmetic_bound)[row, head] / want.norm()))
+            dropped.append(float(weights[~exact].sum()) if rule.drop else 0.0)
+            dropped_bounds.append(float(fast.dropped_mass_bound[row, head]))
+    heads = len(errors)
+    violations = sum(e > b for e, b in zip(errors, bounds, strict=True))
+    violations += sum(d > b + 1e-6 for d, b in zip(dropped, dropped_bounds, strict=True))
+    return {
+        "recall": found / max(1, asked),
+        "num_false_negatives": lost + asked - found,
+        "selected_fraction": selected / heads,
+        "output_error": sum(errors) / heads,
+        "output_error_p99": percentile(errors, 99),
+        "output_error_bound": percentile(bounds, 50),
+        "dropped_mass": sum(dropped) / heads,
+        "dropped_mass_bound": sum(dropped_bounds) / heads,
+        "num_bound_violations": violations,
+        "guarantee": "exact" if rule.drop else "certified",
+        "counts": fast.counts,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run several lengths and write their rows; what ``louver bench --device cuda`` calls."""
+    import argparse
+
+    from louver.experiments.rows import write_rows
+
+    parser = argparse.ArgumentParser(description="Decode attention on a GPU beside torch's, every row checked")
+    parser.add_argument("--kv-lens", default="8192,40000,131072,524288")
+    parser.add_argument("--policies", default="budget:0.01,topk:20,exact:0.01")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--num-q-heads", type=int, default=32)
+    parser.add_argument("--num-kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--json")
+    args = parser.parse_args(arguments)
+    rows = []
+    for kv_len in args.kv_lens.split(","):
+        config = Config(
+            kv_len=int(kv_len),
+            policies=tuple(args.policies.split(",")),
+            batch=args.batch,
+            num_q_heads=args.num_q_heads,
+            num_kv_heads=args.num_kv_heads,
+            head_dim=args.head_dim,
+            dtype=args.dtype,
+            repetitions=args.repetitions,
+        )
+        for row in run(config):
+            rows.append(row)
+            name = row["policy"] if row["index"] == "sketch" else row["backend"]
+            more = ""
+            if "recall" in row:
+                more = (
+                    f" recall {row['recall']:.6f} lost {row['num_false_negatives']} error {row['output_error']:.4f}"
+                    f" viol {row['num_bound_violations']} scanned {row['scanned_fraction']:.3f} live {row['live_fraction']:.2f}"
+                    f" bytes {row['bytes_fraction']:.3f}"
+                )
+            print(
+                f"{kv_len:>7} {name:12s} {row['latency_us']:8.1f} us [{row['latency_us_p20']:.1f}, {row['latency_us_p80']:.1f}]"
+                f" x{row['speedup_vs_best_dense']:.2f} {row['gb_per_s']:.0f} GB/s{more}",
+                flush=True,
+            )
+        torch.cuda.empty_cache()
+        if args.json:
+            write_rows(args.json, rows, seed=0)
+
+
+if __name__ == "__main__":
+    main()
