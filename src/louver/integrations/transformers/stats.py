@@ -119,7 +119,7 @@ class _Totals:
         self.worst: Tensor | None = None
 
     def add(self, result: AttendResult) -> None:
-        counts = torch.stack([getattr(result.stats, name).sum() for name in _COUNTS])
+        counts = torch.stack([getattr(result.stats, name) for name in _COUNTS]).flatten(1).sum(1)
         norm = result.out.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         bounds = torch.stack([result.certificate / norm, result.dropped_mass_bound]).flatten(1).double()
         self._add(counts, bounds.sum(1), bounds.amax(1))
