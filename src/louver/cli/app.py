@@ -2,6 +2,8 @@
 
 import typer
 
+from louver.cli.demo import demo
+from louver.cli.generate import generate
 from louver.cli.info import info
 
 app = typer.Typer(
@@ -12,11 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(info)
-
-
-@app.callback()
-def _root() -> None:
-    """Keep subcommands by name even while there is one."""
+app.command()(demo)
+app.command()(generate)
 
 
 def main() -> None:

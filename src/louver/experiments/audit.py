@@ -5,6 +5,7 @@ whose true score reaches the step's tau and that was not treated exactly; a boun
 output is further away than certificate + arithmetic_bound.
 """
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,9 +44,15 @@ class Audit:
     drops: bool  # the policy's: whether keys that are not exact are left out
     steps: list[LayerStep] = field(default_factory=list)
     exact_positions: dict[int, Tensor] = field(default_factory=dict)  # layer -> how often each token was exact, int64
+    elapsed_ms: float = 0.0  # spent in here, which is not the decoder's time
 
     def __call__(self, layer_idx: int, q: Tensor, result: AttendResult, layer: Any, softmax_scale: float) -> None:
         """Check one decode step of one layer; the signature is that of LouverCache's observer."""
+        started = time.perf_counter()
+        self._check(layer_idx, q, result, layer, softmax_scale)
+        self.elapsed_ms += 1e3 * (time.perf_counter() - started)
+
+    def _check(self, layer_idx: int, q: Tensor, result: AttendResult, layer: Any, softmax_scale: float) -> None:
         store, mask = layer.store, result.exact_mask
         assert mask is not None, "the cache fills exact_mask while an observer is set"
         scores, truth = exact_attention(q, store, softmax_scale)

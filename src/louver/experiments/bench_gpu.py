@@ -209,7 +209,9 @@ def check(
             kv = head // group
             scores = torch.cat([k.double() @ q[row, head].double() for k in keys[row, kv].split(65536)])
             weights = torch.softmax(scores * scale, 0)
-            want = sum(w @ v.double() for w, v in zip(weights.split(65536), values[row, kv].split(65536), strict=True))
+            want = torch.zeros_like(values[row, kv, 0], dtype=torch.float64)
+            for w, v in zip(weights.split(65536), values[row, kv].split(65536), strict=True):
+                want += w @ v.double()
             assert recorded.exact_mask is not None
             exact = recorded.exact_mask[row, head]
             tau = recorded.tau[row, head].double()

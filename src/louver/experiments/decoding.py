@@ -20,9 +20,7 @@ class Decoded:
     step_ms: list[float]
 
 
-def prefill(
-    model: Any, cache: Any, ids: Tensor, on_progress: Callable[[int], None] = lambda num_tokens: None
-) -> None:
+def prefill(model: Any, cache: Any, ids: Tensor, on_progress: Callable[[int], None] = lambda num_tokens: None) -> None:
     """Run ids [batch, num_tokens] through the model into the cache, chunk by chunk. Attention is dense here."""
     with torch.no_grad():
         for chunk in ids.to(model.device).split(PREFILL_CHUNK_TOKENS, dim=1):
@@ -39,6 +37,7 @@ def decode(
     forced: list[int] | None = None,
     stop: frozenset[int] = frozenset(),
     on_token: Callable[[int], None] = lambda token: None,
+    watched_ms: Callable[[], float] = lambda: 0.0,
 ) -> Decoded:
     """Decode greedily after a prefill, feeding ``first`` (the prompt's last token) as the first step.
 
@@ -46,15 +45,16 @@ def decode(
         forced: feed these tokens instead of the model's own choices, to compare two models along one path.
         stop: end after any of these tokens.
         on_token: called with each step's most probable token.
+        watched_ms: the time an observer has taken so far, which is not the decoder's.
     """
     tokens, logits, step_ms = [], [], []
     feed = first
     with torch.no_grad():
         for step in range(num_tokens):
             ids = torch.tensor([[feed]], device=model.device)
-            started = time.perf_counter()
+            started, watched = time.perf_counter(), watched_ms()
             row = model(input_ids=ids, **cache.kwargs(), use_cache=True).logits[0, -1].float().cpu()
-            step_ms.append(1e3 * (time.perf_counter() - started))
+            step_ms.append(1e3 * (time.perf_counter() - started) - (watched_ms() - watched))
             tokens.append(int(row.argmax()))
             logits.append(row)
             on_token(tokens[-1])

@@ -1,8 +1,8 @@
 """The demo: one long document, one question, two answers (dense attention and Louver), and everything checked by brute force.
 
-One prefill serves three decodes, each on its own copy of the cache: dense, Louver (timed, with nobody watching), and Louver
-once more along the dense tokens, so that logits can be compared at every step even where the texts part, while an Audit
-repeats every step of every layer in float64.
+One prefill serves every decode, each on its own copy of the cache: dense, then Louver while an Audit repeats each step of each
+layer in float64 (its time is not counted). Where the texts part, Louver decodes once more along the dense tokens, so that the
+logits of every step can be compared.
 """
 
 import copy
@@ -19,7 +19,15 @@ from louver.experiments.audit import Audit
 from louver.experiments.decoding import Decoded, decode, kl_nats, prefill, stop_tokens
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.demo_rows import layer_rows, louver_row, reference_row, step_rows
-from louver.experiments.document import QUESTION, Document, Prompt, build_prompt, python_topics, read_document, read_text
+from louver.experiments.document import (
+    QUESTION,
+    Document,
+    Prompt,
+    build_prompt,
+    python_topics,
+    read_document,
+    read_text,
+)
 from louver.experiments.picture import picture
 from louver.policies import parse
 
@@ -28,7 +36,7 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to run. Every field changes results."""
+    """What to run. Every field changes results, but for ``backend``, which changes only speed."""
 
     model: str | None = None  # a folder or a name on the model hub; None: the offline model
     document: Path | None = None  # a text file; None: Python's own help topics
@@ -36,6 +44,7 @@ class Config:
     policy: str = "exact:0.01"
     document_tokens: int = 6000  # the document is cut here
     max_new_tokens: int = 32  # decoding goes on past an end of text, so that every run measures as many steps
+    backend: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,24 +73,28 @@ def run(
     _check(config)
     model, tokenizer = loaded or (load_model(config.model) if config.model else demo_model(say))
     prompt = _prompt(config, model, tokenizer)
-    cache = _attach(model, config.policy)
+    cache = _attach(model, config)
     try:
         _prefill(model, cache, prompt, on_progress)
-        dense = _decode(model, with_policy(cache, "dense"), prompt, config, "decode, dense", on_progress)
-        free = _decode(model, copy.deepcopy(cache), prompt, config, "decode, Louver", on_progress)
-        audit = Audit(drops=policy.drops)
-        checked = _decode(model, cache, prompt, config, "check every step", on_progress, audit, dense.tokens)
+        dense = _decode(model, with_policy(cache, "dense"), prompt, config, "decode densely", on_progress)
+        free_cache, audit = copy.deepcopy(cache), Audit(drops=policy.drops)
+        free = _decode(model, free_cache, prompt, config, "decode through Louver", on_progress, audit)
+        along = free  # the same tokens, so the same path
+        if free.tokens != dense.tokens:
+            along = _decode(model, cache, prompt, config, "compare along dense", on_progress, None, dense.tokens)
     finally:
         model.set_attn_implementation("sdpa")  # as it came
-    facts = _facts(model, cache)
-    kl = kl_nats(dense.logits, checked.logits)
+    facts, kl = _facts(model, free_cache), kl_nats(dense.logits, along.logits)
     texts = {name: _text(model, tokenizer, run.tokens) for name, run in (("dense", dense), ("louver", free))}
     return Demo(
-        rows=[reference_row(facts, dense), louver_row(facts, policy, audit, dense, free, checked, kl, cache.memory())],
+        rows=[
+            reference_row(facts, dense),
+            louver_row(facts, policy, audit, dense, free, along, kl, free_cache.memory()),
+        ],
         rows_per_layer=layer_rows(policy, audit),
-        rows_per_step=step_rows(tokenizer, audit, dense, free, checked, kl),
+        rows_per_step=step_rows(tokenizer, audit, dense, free, along, kl),
         texts={"question": config.question, **texts},
-        picture=picture(tokenizer, audit, prompt, num_steps=len(checked.tokens), num_q_heads=facts["num_q_heads"]),
+        picture=picture(tokenizer, audit, prompt, num_steps=len(free.tokens), num_q_heads=facts["num_q_heads"]),
     )
 
 
@@ -118,12 +131,14 @@ def _prompt(config: Config, model: Any, tokenizer: Any) -> Prompt:
     return prompt
 
 
-def _attach(model: Any, policy: str) -> Any:
+def _attach(model: Any, config: Config) -> Any:
     from louver.integrations.transformers import attach
 
-    cache = attach(model, policy=policy)
+    cache = attach(model, policy=config.policy, backend=config.backend)
     if not cache.served_layers:
-        raise UnsupportedModelError("no layer of this model has full attention, so there is nothing for Louver to serve")
+        raise UnsupportedModelError(
+            "no layer of this model has full attention, so there is nothing for Louver to serve"
+        )
     return cache
 
 
@@ -159,7 +174,15 @@ def _decode(
     on_progress(stage, 0, config.max_new_tokens)
     cache.observer = observer
     last = int(prompt.ids[0, -1])
-    return decode(model, cache, last, config.max_new_tokens, forced=forced, on_token=advance)
+    return decode(
+        model,
+        cache,
+        last,
+        config.max_new_tokens,
+        forced=forced,
+        on_token=advance,
+        watched_ms=(lambda: observer.elapsed_ms) if observer else (lambda: 0.0),
+    )
 
 
 def _facts(model: Any, cache: Any) -> dict[str, Any]:

@@ -64,8 +64,8 @@ def load_model(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:  # what transformers raises for a missing or unreadable model
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputFileError(f"model {name!r} can't be loaded: {reason}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval(), tokenizer
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
+    return model.eval(), tokenizer
 
 
 def cache_folder() -> Path:
@@ -111,8 +111,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)  # the weights are plain now
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         complete = Path(temporary) / "model"

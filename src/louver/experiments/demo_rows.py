@@ -12,7 +12,13 @@ from louver.protocols import Policy
 
 def reference_row(facts: dict[str, Any], dense: Decoded) -> dict[str, Any]:
     """The row of the dense run."""
-    row = {"policy": "dense", "index": "none", "bytes_fraction": 1.0, "num_tokens": len(dense.tokens), **_latency(dense)}
+    row = {
+        "policy": "dense",
+        "index": "none",
+        "bytes_fraction": 1.0,
+        "num_tokens": len(dense.tokens),
+        **_latency(dense),
+    }
     return {**facts, **row, "guarantee": "exact"}
 
 
@@ -22,11 +28,11 @@ def louver_row(
     audit: Audit,
     dense: Decoded,
     free: Decoded,
-    checked: Decoded,
+    along: Decoded,
     kl: Tensor,
     memory: dict[str, int],
 ) -> dict[str, Any]:
-    """The row of the Louver run: ``free`` decoded on its own, ``checked`` along the dense tokens under the audit."""
+    """The row of the Louver run: ``free`` decoded on its own under the audit, ``along`` followed the dense tokens."""
     kv_itemsize = getattr(torch, facts["dtype"]).itemsize
     return {
         **facts,
@@ -36,7 +42,7 @@ def louver_row(
         "num_tokens": len(free.tokens),
         "num_equal_tokens": sum(a == b for a, b in zip(dense.tokens, free.tokens, strict=True)),
         "first_divergence": _first_divergence(dense, free),
-        "top1_agreement": _mean(torch.tensor(dense.tokens) == torch.tensor(checked.tokens)),
+        "top1_agreement": _mean(torch.tensor(dense.tokens) == torch.tensor(along.tokens)),
         "kl_nats": _mean(kl),
         "kl_nats_max": float(kl.max()),
         **_latency(free),
@@ -56,7 +62,7 @@ def layer_rows(policy: Policy, audit: Audit) -> list[dict[str, Any]]:
 
 
 def step_rows(
-    tokenizer: Any, audit: Audit, dense: Decoded, free: Decoded, checked: Decoded, kl: Tensor
+    tokenizer: Any, audit: Audit, dense: Decoded, free: Decoded, along: Decoded, kl: Tensor
 ) -> list[dict[str, Any]]:
     """One row per decoded token. ``dense_margin`` is how far dense attention's best logit is ahead of its second."""
     num_steps = len(dense.tokens)
@@ -70,7 +76,7 @@ def step_rows(
                 "step": i,
                 "dense_token": dense.tokens[i],
                 "louver_token": free.tokens[i],
-                "louver_token_on_dense_path": checked.tokens[i],
+                "louver_token_on_dense_path": along.tokens[i],
                 "dense_text": tokenizer.decode([dense.tokens[i]]),
                 "louver_text": tokenizer.decode([free.tokens[i]]),
                 "kl_nats": float(kl[i]),
