@@ -14,6 +14,16 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _threads(request):
+    """Small tensors are slower on many threads than on one; a model is not."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("model") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm():
     """SmolLM2-135M-Instruct and its tokenizer, loaded once. Tests marked ``model`` only; leave it as you found it."""

@@ -56,7 +56,7 @@ class LouverAttention:
         """Tokens held, padding included."""
         return len(self.store)
 
-    def append(self, keys: Keys, values: Values) -> tuple[Keys, Values]:
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Keys, Values]:
         """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views."""
         self.store.append(keys, values)
         held = self.store.values

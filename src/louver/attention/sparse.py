@@ -1,5 +1,6 @@
 """One decode step: bounds -> policy -> cuts -> a kernel, and the evidence that comes with the result."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -52,8 +53,8 @@ def attend(
         raise ShapeError("attention needs values: give them to build() or to attend()")
     check_keys_values(keys, values)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    if not scale > 0:
-        raise ShapeError(f"softmax_scale={scale}; wanted a number above 0")
+    if not 0 < scale < math.inf:
+        raise ShapeError(f"softmax_scale={scale}; wanted a finite number above 0")
     if isinstance(policy, Dense):
         return attend_everything(q, index.store, values, scale, record)
     if isinstance(index, SketchIndex):

@@ -52,6 +52,7 @@ class DeviceStore:
         store._kv_start = _per_row(0 if kv_start is None else kv_start, keys)
         store._kv_len = _per_row(keys.shape[2] if kv_len is None else kv_len, keys)
         store._borrowed = True
+        _check_rows(store._kv_start, store._kv_len, keys.shape[2])
         store._ragged = bool((store._kv_len != keys.shape[2]).any())
         return store
 
@@ -167,6 +168,13 @@ class DeviceStore:
             )
         if (values is None) != (self._values is None):
             raise ShapeError("a store holds values for all of its tokens or for none of them")
+
+
+def _check_rows(kv_start: Tensor, kv_len: Tensor, longest: int) -> None:
+    if not ((kv_start >= 0) & (kv_start <= kv_len) & (kv_len <= longest)).all():
+        raise ShapeError(
+            f"kv_start={kv_start.tolist()} and kv_len={kv_len.tolist()}; wanted 0 <= kv_start <= kv_len <= {longest} in every row"
+        )
 
 
 def _rounded(tokens: int) -> int:
