@@ -1,5 +1,6 @@
 """How the demo looks in a terminal."""
 
+import math
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,6 +14,7 @@ from louver.experiments.demo import Demo
 Lines = list[tuple[str, Text | str, str]]
 
 _SPARKS = "▁▂▃▄▅▆▇█"
+_STEPS_PER_LINE = 40
 
 
 def report(demo: Demo) -> RenderableType:
@@ -57,7 +59,9 @@ def _answers(texts: dict[str, str], row: dict[str, Any]) -> Panel:
 
 def _agreement(demo: Demo, row: dict[str, Any]) -> Lines:
     ticks = Text()
-    for step in demo.rows_per_step:
+    for i, step in enumerate(demo.rows_per_step):
+        if i and i % _STEPS_PER_LINE == 0:
+            ticks.append("\n")
         same = step["dense_token"] == step["louver_token"]
         ticks.append("■" if same else "□", style="green" if same else "red")
     kl = [step["kl_nats"] for step in demo.rows_per_step]
@@ -67,7 +71,7 @@ def _agreement(demo: Demo, row: dict[str, Any]) -> Lines:
         (
             "KL per step",
             _sparkline(kl),
-            f"mean {row['kl_nats']:.1e}, worst {row['kl_nats_max']:.1e} nats, along dense's tokens",
+            f"mean {row['kl_nats']:.1e}, worst {row['kl_nats_max']:.1e} nats; a bar per decade",
         ),
     ]
     first = row["first_divergence"]
@@ -148,8 +152,8 @@ def _table(title: str, lines: Lines) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
     )
-    table.add_column(style="dim", min_width=16)
-    table.add_column(min_width=8)
+    table.add_column(style="dim", min_width=16, no_wrap=True)
+    table.add_column(min_width=8, no_wrap=True)
     table.add_column(style="dim")
     for name, value, note in lines:
         table.add_row(name, value, note)
@@ -161,8 +165,10 @@ def _verdict(good: bool, text: str) -> Text:
 
 
 def _sparkline(values: list[float]) -> Text:
-    top = max(values) or 1.0
-    return Text("".join(_SPARKS[min(7, int(8 * value / top))] for value in values), style="cyan")
+    """One bar per value and decade: the lowest is 1e-7 or less, the highest 1 or more."""
+    levels = [min(7, max(0, int(8 + math.log10(max(value, 1e-9))))) for value in values]
+    lines = [levels[i : i + _STEPS_PER_LINE] for i in range(0, len(levels), _STEPS_PER_LINE)]
+    return Text("\n".join("".join(_SPARKS[level] for level in line) for line in lines), style="cyan")
 
 
 def _percent(share: float) -> str:

@@ -4,6 +4,7 @@ The default text ships with Python: the topics of its interactive help, in alpha
 Python versions.
 """
 
+import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +15,11 @@ from torch import Tensor
 
 from louver.errors import InputFileError
 
-QUESTION = "What should the method object.__getattr__(self, name) return or raise?"
-ANSWER = "should either return the (computed) attribute value or raise"  # as the topics put it
+QUESTION = "What should the method __getattr__ either return or raise?"
+# As the topics put it; where their lines break and how they quote differs between Python versions.
+ANSWER = re.compile(
+    r"should either return the \(computed\) attribute value or raise an \S+ exception".replace(" ", r"\s+")
+)
 _SEPARATOR = "\n\n\n"
 
 
@@ -54,11 +58,11 @@ def python_topics(tokenizer: Any, num_tokens: int) -> Document:
         if len(text) > 16 * num_tokens:  # far more than any tokenizer needs
             break
     text = cut(tokenizer, text, num_tokens)
-    start = text.find(ANSWER)
+    answer = ANSWER.search(text)
     return Document(
         text=text,
         sections=[(title, at) for title, at in sections if at < len(text)],
-        answer=(start, start + len(ANSWER)) if start >= 0 else None,
+        answer=answer.span() if answer else None,
     )
 
 

@@ -11,6 +11,7 @@ from louver.experiments.document import Prompt
 _MAX_BINS = 240
 _PASSAGE_TOKENS = 72
 _SINK_TOKENS = 16  # every model looks at the first tokens, whatever they say
+_RECENT_TOKENS = 256  # the newest are exact in any case
 
 
 def picture(tokenizer: Any, audit: Audit, prompt: Prompt, num_steps: int, num_q_heads: int) -> dict[str, Any]:
@@ -38,14 +39,14 @@ def picture(tokenizer: Any, audit: Audit, prompt: Prompt, num_steps: int, num_q_
 def _passage(tokenizer: Any, density: Tensor, prompt: Prompt) -> dict[str, Any]:
     """The text around the answer or, where that is not known, the stretch of the document that was read exactly most."""
     first = prompt.document[0] + _SINK_TOKENS
-    last = max(first + 1, min(prompt.document[1], prompt.num_tokens))
+    last = max(first + 1, min(prompt.document[1], prompt.num_tokens - _RECENT_TOKENS))
     if prompt.answer is not None:
         middle = sum(prompt.answer) // 2
     else:
         width = min(_PASSAGE_TOKENS, last - first)
         middle = first + int(density[first:last].unfold(0, width, 1).mean(1).argmax()) + width // 2
     start = max(prompt.document[0], middle - _PASSAGE_TOKENS // 2)
-    end = min(last, start + _PASSAGE_TOKENS)
+    end = min(prompt.document[1], start + _PASSAGE_TOKENS)
     ids = prompt.ids[0, start:end].tolist()
     return {
         "start": start,

@@ -32,18 +32,18 @@ def attention_png(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(13.5, 9.6), dpi=150, facecolor="white")
+        figure = Figure(figsize=(13.5, 9.4), dpi=150, facecolor="white")
         FigureCanvasAgg(figure)
         grid = figure.add_gridspec(
             3,
             2,
             left=0.06,
             right=0.975,
-            top=0.83,
-            bottom=0.04,
+            top=0.8,
+            bottom=0.015,
             width_ratios=[2.35, 1],
-            height_ratios=[0.6, 3.1, 1.45],
-            hspace=0.09,
+            height_ratios=[0.55, 3.2, 1.3],
+            hspace=0.1,
             wspace=0.1,
         )
         _headline(figure, row, texts)
@@ -110,9 +110,10 @@ def _positions(axes: Any, picture: dict[str, Any]) -> None:
         for x in picture["answer"]:
             axes.axvline(x, color=ACCENT, lw=0.8, alpha=0.8)
     _section_ticks(axes, picture)
-    scale = axes.inset_axes((0.0, -0.135, 0.22, 0.018))
+    scale = axes.inset_axes((0.79, 1.255, 0.21, 0.022))
     axes.figure.colorbar(image, cax=scale, orientation="horizontal", ticks=[1e-3, 1e-2, 1e-1, 1.0])
     scale.set_xticklabels(["0.1%", "1%", "10%", "100%"], fontsize=8)
+    scale.tick_params(pad=2)
     scale.minorticks_off()
     scale.spines[:].set_visible(False)
 
