@@ -57,15 +57,15 @@ def radius_inflation(head_dim: int) -> float:
 def logit_slack(magnitude: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Error in nats of fl(exp(scale * score - shift)), given |scale * score| + |shift| (nats).
 
-    Four roundings of the argument (scale itself is rounded too) and one of second-order terms, and an exponential good to
-    2^-21 (four float32 ulps; torch and SLEEF promise one).
+    Four roundings of the argument (scale itself is rounded too) and a fifth for second-order terms, and an exponential good to
+    2^-22 (two float32 ulps; torch and SLEEF promise one), doubled.
     """
     return 5 * UNIT * magnitude + 2.0**-21
 
 
 def sum_inflation(num_terms: int) -> float:
-    """Factor that makes a computed sum of non-negative float32 terms at least its real value."""
-    return 1 + SAFETY * gamma(num_terms + 8)
+    """Factor that makes a computed sum of non-negative float32 terms, each rounded up to eight times, at least its real value."""
+    return 1 / (1 - SAFETY * gamma(num_terms + 8))
 
 
 def norm_above(x: Float[Tensor, "*shape dims"]) -> Float[Tensor, "*shape"]:

@@ -31,10 +31,12 @@ def attend_dense(
     k, v = (to_rows(contiguous(x, block_table), kv_start, length, longest) for x in (keys, values))
     scores, _ = exact_scores(q, k)
     logits = torch.where(valid_rows(length, longest), scores * softmax_scale, -torch.inf)
-    lse = torch.logsumexp(logits, -1) if longest else logits.new_full(logits.shape[:2], -torch.inf)
-    weights = torch.exp(logits - torch.where(torch.isneginf(lse), 0.0, lse)[..., None])
+    peak = logits.amax(-1) if longest else logits.new_full(logits.shape[:2], -torch.inf)
+    weights = torch.exp(logits - torch.where(torch.isneginf(peak), 0.0, peak)[..., None])
+    total = weights.sum(-1)
     out = matmul(weights.unflatten(1, (k.shape[1], -1)), v.float()).flatten(1, 2)
-    return out.to(q.dtype), lse
+    out = out / torch.where(total > 0, total, 1.0)[..., None]  # not by e^lse, which is coarse where logits are large
+    return out.to(q.dtype), peak + total.log()
 
 
 def attend_selection(
