@@ -8,7 +8,7 @@ lengths=${2:-8192,40000,131072,524288}
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 spread=""
-if $python -c 'import xdist' 2>/dev/null; then spread="-n 12"; fi
+if $python -c 'import xdist' 2>/dev/null; then spread="-n 12 -p no:benchmark"; fi
 if [ "${TESTS:-1}" = 1 ]; then
     $python -m pytest tests/gpu -m gpu -o addopts="--import-mode=importlib --strict-markers" -q $spread -p no:cacheprovider
 fi

@@ -72,7 +72,7 @@ def run(config: Config) -> Iterator[dict]:
     """Yield result rows: one per baseline and policy."""
     q, keys, values, more = heavy_tailed(config)
     scale = config.head_dim**-0.5
-    index = SketchIndex.build(keys, values, more, config=SketchConfig(frame_len=config.frame_len), backend="triton")
+    index = SketchIndex.build(keys, values, more, config=SketchConfig(frame_len=config.frame_len), backend="auto")
     runs: dict[str, Callable[[], object]] = _baselines(config, q, keys, values, index, scale)
     ops = get_ops("triton")
     store, sketch = index.store, index.sketch

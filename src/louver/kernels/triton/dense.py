@@ -53,8 +53,8 @@ def _dense_kernel(
         key = tl.load(k + at[:, None] + d[None, :] * k_dim, mask=held, other=0.0)
         at = token_offset(table, row, pid % num_kv_heads, safe, v_page, v_head, v_token, table_stride, page_len, PAGED)
         value = tl.load(v + at[:, None] + d[None, :] * v_dim, mask=held, other=0.0)
-        largest_key = tl.maximum(largest_key, tl.abs(key))
-        largest_value = tl.maximum(largest_value, tl.abs(value))
+        largest_key = tl.maximum(largest_key, tl.abs(key).to(key.dtype))
+        largest_value = tl.maximum(largest_value, tl.abs(value).to(value.dtype))
         logit = tl.dot(key.to(x.dtype), x, input_precision="ieee") * scale
         logit = tl.where(inside[:, None], logit, -float("inf"))
         higher = tl.maximum(peak, tl.max(logit, 0))

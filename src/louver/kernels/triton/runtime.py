@@ -42,7 +42,8 @@ def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_
     """
     nvrtc, driver = _nvrtc(), _driver()
     assert nvrtc is not None, "ask available() first"
-    text = (Path(__file__).parent / source).read_bytes()
+    folder = Path(__file__).parent
+    text = (folder / "common.cuh").read_bytes() + (folder / source).read_bytes()
     major, minor = torch.cuda.get_device_capability()
     flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *options]
     program = ctypes.c_void_p()

@@ -3,67 +3,11 @@
 // A warp takes a block of keys. Each lane's 16 bytes of codes are, as they lie in memory, its fragment of an m16n8k16 product: nibbles
 // are significands of subnormal float16, so one AND makes two operands and no layout changes hands. Codes are loaded AHEAD tiles
 // before their use, across blocks, and frames one block ahead. Constants come as macros: D, G, L, S, FRAME, DROP, FIXED, KEEP_BEST.
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned char u8;
-typedef long long i64;
-
 #define WARPS (G <= 4 ? 8 : 4)
 #define W (D / 32)                                        // 32-bit words of codes per lane and key
 #define TILES (L / 16)
 #define AHEAD (16 / W < TILES ? 16 / W : TILES)           // tiles in flight
-#define PAIRED (G <= 4)                                   // columns 4..7 repeat heads 0..3, for the other half of the rows
 #define HALVES (PAIRED ? 1 : 2)                           // halves of the head dimension a lane scales
-#define STEPS 1024.0f
-#define BELOW 20.0f
-#define LOG2E 1.4426950408889634f
-#define BINS (G <= 4 ? 1024 : 512)
-#define PER (BINS / 32)                                   // bins a lane reads off when the cuts are made
-#define BIN_CODES 32
-#define ALWAYS 65535
-#define FULL 0xffffffffu
-#define INFINITE __int_as_float(0x7f800000)
-
-__device__ __forceinline__ u32 pack(float a, float b) {
-    u32 r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
-    return r;
-}
-__device__ __forceinline__ float low_half(u32 x) {
-    float r;
-    asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(x));
-    return r;
-}
-__device__ __forceinline__ float high_half(u32 x) {
-    float r;
-    asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(x));
-    return r;
-}
-__device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ float exp2_fast(float x) {
-    float r;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-}
-template <int N> struct Words { u32 x[N]; };
-template <int N> __device__ __forceinline__ Words<N> stream(const u32* p) {  // read once: do not keep it in L1
-    Words<N> r;
-    if constexpr (N % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < N; i += 4)
-            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                         : "=r"(r.x[i]), "=r"(r.x[i + 1]), "=r"(r.x[i + 2]), "=r"(r.x[i + 3]) : "l"(p + i));
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i += 2)
-            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x[i]), "=r"(r.x[i + 1]) : "l"(p + i));
-    }
-    return r;
-}
 
 struct Frame {  // the lane's share of a block's frame: 4 W channels of each half it scales
     Words<2 * W> center[HALVES];
@@ -358,17 +302,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         const float origin = low[id];
         i64 need64 = ((i64)length * share - tolerance + ((1ll << 40) - 1)) >> 40;
         const int need = need64 > count ? (int)need64 : count;
+        int counts[PER];
+#pragma unroll
+        for (int i = 0; i < PER; i += 4) {
+            int4 x = __ldcg((const int4*)(mine_bins + lane * PER + i));
+            counts[i] = x.x, counts[i + 1] = x.y, counts[i + 2] = x.z, counts[i + 3] = x.w;
+        }
         int own = 0, top = -1;
         float mass = 0.0f;
+#pragma unroll
         for (int i = 0; i < PER; ++i) {
-            int n = __ldcg(mine_bins + lane * PER + i);
-            own += n;
-            if (n) top = lane * PER + i;
-            if (!DROP) mass += n * exp2_fast((base_code + (lane * PER + i + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
+            own += counts[i];
+            if (counts[i]) top = lane * PER + i;
+            if (!DROP) mass += counts[i] * exp2_fast((base_code + (lane * PER + i + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
         }
         // The top bin also holds what lies above it, so its mass bound is that of the grid's end.
         if (!DROP && lane == 31) {
-            int n = __ldcg(mine_bins + BINS - 1);
+            int n = counts[PER - 1];
             if (n) mass += n * exp2_fast(ALWAYS * (LOG2E / STEPS) - BELOW * LOG2E);
         }
         int from = own;  // keys in this lane's bins and above

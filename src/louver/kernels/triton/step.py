@@ -26,7 +26,7 @@ from louver.geometry.rounded_query import TENSOR_UNIT, rounded_query_slack
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma, radius_inflation
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
-from louver.kernels.triton import scan_in_cuda
+from louver.kernels.triton import native
 from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
@@ -47,7 +47,7 @@ TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary roundi
 class Workspace(NamedTuple):
     """Buffers of a step, allocated once per shape and shared by the layers of a model: nothing lives on between steps."""
 
-    low: Tensor
+    low: Tensor  # per query head: where its grid begins, nats
     floor: Tensor
     query: Tensor
     masses: Tensor
@@ -58,13 +58,36 @@ class Workspace(NamedTuple):
     cuts: Tensor
     tau: Tensor
     below: Tensor
-    upper: Tensor
+    upper: Tensor  # per key and query head: its code
     reach: Tensor
     listed: Tensor
+    list_scores: Tensor
+    list_norms: Tensor
     exact_out: Tensor
     exact_sums: Tensor
     tier_out: Tensor
     tier_sums: Tensor
+
+
+class Plan(NamedTuple):
+    """What the launches of one step have in common."""
+
+    workspace: Workspace
+    sketch: Sketch
+    rule: CutRule
+    keys: Tensor
+    values: Tensor
+    block_table: Tensor | None
+    place: tuple[Tensor, Tensor, Tensor]  # num_blocks, kv_start, kv_len
+    scales: Tensor
+    scale: float
+    rows: int
+    group: int
+    num_kv_heads: int
+    room: int
+    choice: tuple[int, int, int, float, float]  # share, tolerance, need, tau, unread mass
+    rounding: tuple[float, ...]
+    fixed: bool
 
 
 @lru_cache(maxsize=8)
@@ -76,10 +99,11 @@ def workspace(
     capacity: int,
     frame_len: int,
     slices: int,
-    splits: tuple[int, int],
+    scans: int,
+    exacts: int,
 ) -> Workspace:
     """Allocate the buffers for rows = batch * num_kv_heads."""
-    heads, (scans, exacts) = rows * group, splits
+    heads, room = rows * group, room_for(capacity * frame_len)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -98,7 +122,9 @@ def workspace(
         below=new(heads),
         upper=new(rows, capacity, group, frame_len, dtype=torch.int16),
         reach=new(rows, capacity, slices + 2, group),
-        listed=new(rows, room_for(capacity * frame_len), dtype=torch.int32),
+        listed=new(rows, room, dtype=torch.int32),
+        list_scores=new(rows, room, group),
+        list_norms=new(rows, room),
         exact_out=new(heads, exacts, dims),
         exact_sums=new(heads, exacts, 8),
         tier_out=new(heads, scans, dims),
@@ -162,92 +188,144 @@ def step(
     num_kv_heads = keys.shape[1]
     group, rows = num_q_heads // num_kv_heads, batch * num_kv_heads
     capacity, frame_len, slices = sketch.capacity, sketch.config.frame_len, sketch.num_slices
-    scans, exacts = num_splits(rows, capacity, 8), num_splits(rows, -(-longest // 64), 4)
-    w = workspace(q.device, rows, group, head_dim, capacity, frame_len, slices, (scans, exacts))
-    room = w.listed.shape[1]
-    base, longer = divmod(sketch.dims, slices)
+    native_scan = native.serves_scan(q, sketch, group)
+    native_rest = native_scan and native.serves_cache(keys, values)
+    scans = native.num_tiers(rows, capacity) if native_rest else num_splits(rows, capacity, 8)
+    exacts = num_splits(rows, -(-longest // 64), 4)
+    w = workspace(q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
+    need = max(1, rule.count)
+    plan = Plan(
+        workspace=w,
+        sketch=sketch,
+        rule=rule,
+        keys=keys,
+        values=values,
+        block_table=block_table,
+        place=(sketch.num_blocks, kv_start, kv_len),
+        scales=scales_on(q.device),
+        scale=softmax_scale,
+        rows=rows,
+        group=group,
+        num_kv_heads=num_kv_heads,
+        room=w.listed.shape[1],
+        choice=(
+            round(rule.share * (1 << SHARE_BITS)),
+            TOLERANCE,
+            need,
+            min(max(rule.tau or 0.0, -1e30), 1e30),
+            rule.unread_mass,
+        ),
+        rounding=(*rounded_query_slack(head_dim), radius_inflation(head_dim + 8)),
+        fixed=rule.drop and rule.tau is not None,
+    )
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
-    scales = scales_on(q.device)
-    place = (sketch.num_blocks, kv_start, kv_len)
-    share, need = round(rule.share * (1 << SHARE_BITS)), max(1, rule.count)
-    ranked, fixed = rule.drop and rule.tau is None, rule.drop and rule.tau is not None
-    heads = {"G": group, "GP": triton.next_power_of_2(group), "D": head_dim}
-    frames = {"L": frame_len, "LP": triton.next_power_of_2(frame_len)}
-    words = {"WORDS": max(16, triton.next_power_of_2(head_dim // 4))}
-
-    native = scan_in_cuda.serves(q, sketch, group)
-    bins = scan_in_cuda.num_bins(group) if native else 2 * BINS.value
+    ranked = rule.drop and not plan.fixed
+    # Where bounds are counted from: low enough that what a rule asks for lies above it (or the head goes dense).
     wanted = max(rule.share, need / max(1, longest))
-    floor = 0.0 if fixed or not native or wanted > 0.05 else 0.25 if rule.drop else 0.5
+    floor = 0.0 if plan.fixed or not native_scan or wanted > 0.05 else 0.25 if rule.drop else 0.5
+    bins = native.num_bins(group) if native_scan else 2 * BINS.value
     prepare_kernel[(batch * num_q_heads,)](
         x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.finished, w.masses,
         w.below, num_q_heads, capacity, softmax_scale, bins, G=group, D=head_dim, DP=triton.next_power_of_2(head_dim),
         SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, FLOOR=floor, num_warps=4,
     )  # fmt: skip
-    metric = {"frame": 1, "diagonal": 0, "identity": 2}[sketch.config.metric]
-    choice = (share, TOLERANCE, need, min(max(rule.tau or 0.0, -1e30), 1e30), rule.unread_mass)
-    ends = (num_kv_heads, capacity, sinks, recent, softmax_scale)
-    rounding = (*rounded_query_slack(head_dim), radius_inflation(head_dim + 8))
-    if native:
-        scan_in_cuda.scan(w, sketch, scales, place, ends, rounding, choice, group, metric, rule.drop, fixed, keep_best)
+    if native_scan:
+        native.scan(plan, sinks, recent, keep_best)
     else:
-        scan_kernel[(rows, scans)](
-            x, sketch.key_codes.view(torch.int16), sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
-            scales, sketch.query_weight, *place, w.low, w.upper, w.reach, *ends, *rounding, **heads, **words, **frames,
-            FRAME=metric, SLICES=slices, LONG=longer, SHORT=base, STAGES=1, num_warps=4,
-        )  # fmt: skip
-        chunk = max(1, 8192 // frames["LP"])
-        resolve_kernel[(batch * num_q_heads, triton.cdiv(capacity, chunk))](
-            w.upper, w.reach, *place, w.low, w.hist, w.finished, w.cuts, w.tau, num_kv_heads, capacity, softmax_scale, *choice,
-            G=group, **frames, SLICES=slices, CHUNK=triton.next_power_of_2(chunk), DROP=rule.drop, FIXED=fixed,
-            KEEP_BEST=keep_best, num_warps=8,
-        )  # fmt: skip
-    if rule.drop:
-        chunk = max(1, 2048 // frames["LP"])
-        list_kernel[(rows, triton.cdiv(capacity, chunk))](
-            w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, w.below, num_kv_heads, capacity, room,
-            G=group, **frames, CHUNK=chunk, NUM_COUNTERS=COUNTERS, num_warps=4,
-        )  # fmt: skip
-    else:
-        frames_of_values = sketch.value_frames
-        assert frames_of_values is not None, "a policy that drops nothing needs sketched values"
-        tiers_kernel[(rows, scans)](
-            w.upper, w.reach, sketch.key_radius, frames_of_values.codes.view(torch.int16), frames_of_values.center, frames_of_values.scale,
-            frames_of_values.error, sketch.value_spread, scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out,
-            w.tier_sums, num_kv_heads, capacity, room, **heads, **words, **frames, SLICES=slices, NUM_COUNTERS=COUNTERS,
-            STAGES=1, num_warps=4,
-        )  # fmt: skip
-    cache = cache_arguments(keys, values, block_table)
-    unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
+        _scan(plan, x, sinks, recent, keep_best, scans)
+    unit = UNIT if native_rest or keys.dtype == torch.float32 else TENSOR_UNIT
     slack_share = SAFETY * gamma(head_dim + 2, unit)
-    tile = {
-        "DP": triton.next_power_of_2(head_dim),
-        "BLOCK": 32,
-        "NUM_COUNTERS": COUNTERS,
-        "PAGED": block_table is not None,
-        "num_warps": 4,
-    }
-    if ranked:
-        rank_kernel[(rows, exacts)](
-            x, *cache, w.listed, w.counters, w.cuts, w.low, w.tau, w.rank_hist, *place, num_kv_heads, room, softmax_scale,
-            slack_share, share, TOLERANCE, need, **heads, L=frame_len, **tile,
-        )  # fmt: skip
-    mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else w.counters
-    exact_kernel[(rows, exacts)](
-        x, *cache, w.listed, w.counters, w.low, w.tau, *place, w.exact_out, w.exact_sums, mask, num_kv_heads, room,
-        softmax_scale, slack_share, UNIT_OF[values.dtype] * 1.01 + 2.0**-20, longest, **heads, L=frame_len, **tile,
-        DROP=rule.drop, RECORD=record_here,
-    )  # fmt: skip
+    mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else None
+    if native_rest:
+        if rule.drop:
+            native.select(plan, slack_share)
+        else:
+            native.tiers(plan, scans)
+        native.attend(plan, exacts, slack_share, mask)
+    else:
+        _rest(plan, x, ranked, scans, exacts, slack_share, mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
     chain = longest / min(scans, exacts) + scans + exacts + 256
     finish_kernel[(batch * num_q_heads,)](
-        w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, sketch.value_mean, w.counters, *place,
-        out, evidence, counts, num_q_heads, num_kv_heads, room, chain * unit, UNIT_OF[q.dtype], G=group, D=head_dim,
-        DP=tile["DP"], L=frame_len, EXACTS=exacts, TIERS=scans, NUM_COUNTERS=COUNTERS, DROP=rule.drop, num_warps=4,
+        w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, sketch.value_mean, w.counters,
+        *plan.place, out, evidence, counts, num_q_heads, num_kv_heads, plan.room, chain * (TENSOR_UNIT if not rule.drop else unit),
+        UNIT_OF[q.dtype], G=group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=frame_len, EXACTS=exacts, TIERS=scans,
+        NUM_COUNTERS=COUNTERS, DROP=rule.drop, OPEN_LISTED=native_rest, num_warps=4,
     )  # fmt: skip
-    return _output(out, evidence, counts, mask.bool() if record_here else None)
+    return _output(out, evidence, counts, None if mask is None else mask.bool())
+
+
+def _sizes(plan: Plan) -> tuple[dict, dict, dict]:
+    dims, frame_len = plan.sketch.dims, plan.sketch.config.frame_len
+    return (
+        {"G": plan.group, "GP": triton.next_power_of_2(plan.group), "D": dims},
+        {"L": frame_len, "LP": triton.next_power_of_2(frame_len)},
+        {"WORDS": max(16, triton.next_power_of_2(dims // 4))},
+    )
+
+
+def _scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool, scans: int) -> None:
+    """The scan and its cuts in Triton."""
+    w, sketch = plan.workspace, plan.sketch
+    heads, frames, words = _sizes(plan)
+    short, longer = divmod(sketch.dims, sketch.num_slices)
+    scan_kernel[(plan.rows, scans)](
+        x, sketch.key_codes.view(torch.int16), sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
+        plan.scales, sketch.query_weight, *plan.place, w.low, w.upper, w.reach, plan.num_kv_heads, sketch.capacity, sinks, recent,
+        plan.scale, *plan.rounding, **heads, **words, **frames, FRAME=native.METRICS[sketch.config.metric],
+        SLICES=sketch.num_slices, LONG=longer, SHORT=short, STAGES=1, num_warps=4,
+    )  # fmt: skip
+    chunk = triton.next_power_of_2(max(1, 8192 // frames["LP"]))
+    resolve_kernel[(plan.rows * plan.group, triton.cdiv(sketch.capacity, chunk))](
+        w.upper, w.reach, *plan.place, w.low, w.hist, w.finished, w.cuts, w.tau, plan.num_kv_heads, sketch.capacity, plan.scale,
+        *plan.choice, G=plan.group, **frames, SLICES=sketch.num_slices, CHUNK=chunk, DROP=plan.rule.drop, FIXED=plan.fixed,
+        KEEP_BEST=keep_best, num_warps=8,
+    )  # fmt: skip
+
+
+def _rest(
+    plan: Plan, x: Tensor, ranked: bool, scans: int, exacts: int, slack_share: float, mask: Tensor | None
+) -> None:
+    """Tiers, rank and exact attention in Triton."""
+    w, sketch, room = plan.workspace, plan.sketch, plan.room
+    heads, frames, words = _sizes(plan)
+    ends = (plan.num_kv_heads, sketch.capacity, room)
+    if plan.rule.drop:
+        chunk = max(1, 2048 // frames["LP"])
+        list_kernel[(plan.rows, triton.cdiv(sketch.capacity, chunk))](
+            w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, w.below, *ends, G=plan.group, **frames,
+            CHUNK=chunk, NUM_COUNTERS=COUNTERS, num_warps=4,
+        )  # fmt: skip
+    else:
+        values = sketch.value_frames
+        assert values is not None, "a policy that drops nothing needs sketched values"
+        tiers_kernel[(plan.rows, scans)](
+            w.upper, w.reach, sketch.key_radius, values.codes.view(torch.int16), values.center, values.scale, values.error,
+            sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
+            *ends, **heads, **words, **frames, SLICES=sketch.num_slices, NUM_COUNTERS=COUNTERS, STAGES=1, num_warps=4,
+        )  # fmt: skip
+    cache = cache_arguments(plan.keys, plan.values, plan.block_table)
+    tile = {
+        **heads,
+        "DP": triton.next_power_of_2(sketch.dims),
+        "L": frames["L"],
+        "BLOCK": 32,
+        "NUM_COUNTERS": COUNTERS,
+        "PAGED": plan.block_table is not None,
+        "num_warps": 4,
+    }
+    if ranked:
+        rank_kernel[(plan.rows, exacts)](
+            x, *cache, w.listed, w.counters, w.cuts, w.low, w.tau, w.rank_hist, *plan.place, plan.num_kv_heads, room, plan.scale,
+            slack_share, *plan.choice[:3], **tile,
+        )  # fmt: skip
+    exact_kernel[(plan.rows, exacts)](
+        x, *cache, w.listed, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask,
+        plan.num_kv_heads, room, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
+        0 if mask is None else mask.shape[2], **tile, DROP=plan.rule.drop, RECORD=mask is not None,
+    )  # fmt: skip
 
 
 def _output(out: Tensor, evidence: Tensor, counts: Tensor, mask: Tensor | None) -> TierOutput:

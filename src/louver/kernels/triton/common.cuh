@@ -1,0 +1,93 @@
+// What the CUDA kernels of a step share; the constants are those of common.py. Every file is compiled with this text before it.
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef long long i64;
+
+#define PAIRED (G <= 4)                                   // columns 4..7 repeat heads 0..3, for the other half of the rows
+#define STEPS 1024.0f
+#define BELOW 20.0f
+#define LOG2E 1.4426950408889634f
+#define BINS (G <= 4 ? 1024 : 512)
+#define PER (BINS / 32)                                   // bins a lane reads off when the cuts are made
+#define BIN_CODES 32
+#define ALWAYS 65535
+#define FULL 0xffffffffu
+#define SIGNED 32768
+#define RANK_BINS 4096
+#define DECIDED (1 << 30)
+#define COUNTERS 8
+enum { LISTED, COARSE, VALUE_BLOCKS, SPREAD, RANKED, EXACT };
+#define INFINITE __int_as_float(0x7f800000)
+
+__device__ __forceinline__ u32 pack(float a, float b) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+}
+__device__ __forceinline__ float low_half(u32 x) {
+    float r;
+    asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, l;}" : "=f"(r) : "r"(x));
+    return r;
+}
+__device__ __forceinline__ float high_half(u32 x) {
+    float r;
+    asm("{.reg .b16 l,h; mov.b32 {l,h}, %1; cvt.f32.f16 %0, h;}" : "=f"(r) : "r"(x));
+    return r;
+}
+__device__ __forceinline__ void mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float exp2_fast(float x) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+template <int N> struct Words { u32 x[N]; };
+template <int N> __device__ __forceinline__ Words<N> stream(const u32* p) {  // read once: do not keep it in L1
+    Words<N> r;
+    if constexpr (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4)
+            asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                         : "=r"(r.x[i]), "=r"(r.x[i + 1]), "=r"(r.x[i + 2]), "=r"(r.x[i + 3]) : "l"(p + i));
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i += 2)
+            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.x[i]), "=r"(r.x[i + 1]) : "l"(p + i));
+    }
+    return r;
+}
+__device__ __forceinline__ float2 unpack(u32 x) {  // two stored elements
+#if BF16
+    return make_float2(__int_as_float(x << 16), __int_as_float(x & 0xffff0000u));
+#else
+    return make_float2(low_half(x), high_half(x));
+#endif
+}
+
+struct Place {  // where a cache's tokens lie: strides in elements, pages through a table
+    const u16* data;
+    i64 page, head, token;
+    const int* table;
+    i64 table_stride;
+    int page_len;
+    __device__ __forceinline__ const u16* at(int row, int kv_head, int position) const {
+#if PAGED
+        i64 p = table[row * table_stride + position / page_len];
+        return data + p * page + kv_head * head + (i64)(position % page_len) * token;
+#else
+        return data + row * page + kv_head * head + (i64)position * token;
+#endif
+    }
+};
+
+#define LANES (D / 8)  // lanes that share a token's channels, 16 bytes each
+
+template <int N> __device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+    for (int m = N / 2; m; m /= 2) x += __shfl_xor_sync(FULL, x, m);
+    return x;
+}
