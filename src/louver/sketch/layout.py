@@ -100,6 +100,10 @@ class Sketch:
         """Blocks there is room for."""
         return self.key_codes.shape[2]
 
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: a handle that a backend keeps on a sketch points at this sketch's memory, not at its copy's."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     def memory_bytes(self) -> int:
         """Bytes of every tensor held, room to grow included."""
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
