@@ -1,0 +1,78 @@
+"""Write the tables of README.md and docs/ from stored rows, so that no figure in them is typed by hand.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; TABLES says which rows and columns it shows.
+Usage: python scripts/tables.py [--check]   (--check changes nothing and fails where a table is out of date)
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of one result file, a column per (heading, field, format)."""
+
+    file: str
+    columns: tuple[tuple[str, str, str], ...]
+    where: dict[str, object] = field(default_factory=dict)
+
+
+TABLES = {
+    "demo": Table(
+        file="demo.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("prompt", "kv_len", ","),
+            ("bytes read", "bytes_fraction", ".1%"),
+            ("keys exact", "exact_fraction", ".1%"),
+            ("tokens equal to dense", "num_equal_tokens", ""),
+            ("mean output error", "output_error", ".2%"),
+            ("mean KL, nats", "kl_nats", ".1e"),
+            ("recall", "recall", ""),
+            ("bounds violated", "num_bound_violations", ""),
+        ),
+        where={"guarantee": "certified"},
+    ),
+}
+
+
+def render(table: Table) -> str:
+    """The table in Markdown, with the device and the command its rows came from."""
+    document = json.loads((RESULTS / table.file).read_text(encoding="utf-8"))
+    rows = [r for r in document["rows"] if all(r.get(key) == value for key, value in table.where.items())]
+    lines = ["| " + " | ".join(heading for heading, _, _ in table.columns) + " |", "|" + "---|" * len(table.columns)]
+    lines += ["| " + " | ".join(cell(row.get(name), spec) for _, name, spec in table.columns) + " |" for row in rows]
+    machine = document["machine"]
+    source = f"{machine['device']}; `{machine['command']}`; rows in benchmarks/results/{table.file}"
+    return "\n".join([*lines, "", f"({source})", ""])
+
+
+def cell(value: object, spec: str) -> str:
+    """One cell; a figure that a row does not have is a dash."""
+    return "–" if value is None else format(value, spec)
+
+
+def main() -> int:
+    """Write (or check) every table; the number of stale files is the exit code."""
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        fresh = BLOCK.sub(lambda found: found[1] + render(TABLES[found[2]]) + found[4], text)
+        if fresh != text:
+            stale.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(fresh, encoding="utf-8")
+    if stale:
+        print(f"{'out of date' if '--check' in sys.argv else 'written'}: {', '.join(stale)}")
+    return len(stale) if "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
