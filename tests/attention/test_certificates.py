@@ -14,8 +14,10 @@ from helpers import (
     true_scores,
     within_certificate,
 )
-from louver import FlatIndex, attend
+from louver import FlatIndex, SketchIndex, attend
 from louver.kernels import available_backends
+from louver.kv import DeviceStore
+from louver.policies import parse
 from strategies import cases
 
 backends = pytest.mark.parametrize("backend", available_backends())
@@ -91,6 +93,26 @@ def test_certificates_are_tight_enough_to_inform(backend):
 
 
 @backends
+@pytest.mark.parametrize("seed", range(5))
+def test_values_near_their_mean_count_by_their_distance_from_the_output(backend, seed):
+    """Sketched keys share one value, an open key pulls the output away from it: what their weights miss moves the output far."""
+    case = build_case(seed, kv_len=65, batch=1)
+    case.values[:, :, :64] = 1.0
+    store = DeviceStore()
+    store.append(case.keys[:, :, :64], case.values[:, :, :64])
+    index = SketchIndex(store, config=case.config, backend=backend)
+    index.refresh()  # the mean is that of the 64
+    case.values[:, :, 64] = 1000.0
+    case.keys[:, :, 64] = case.q[:, :: case.group_size] * 0.4
+    store.append(case.keys[:, :, 64:], case.values[:, :, 64:])
+    result = attend(case.q, index, policy="exact:0.01", record=True)
+    check_step(case, result, parse("exact:0.01"))
+    assert ((true_attention(case) - result.out).norm(dim=-1) > 10 * result.arithmetic_bound).any(), (
+        "nothing was at stake"
+    )
+
+
+@backends
 @pytest.mark.parametrize("trait", TRAITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_each_hardship_on_its_own(backend, trait, dtype):
@@ -117,6 +139,18 @@ def test_what_is_not_finite_behaves_as_in_dense_attention(backend, bad, where, s
     error = (true_attention(case) - result.out.double()).norm(dim=-1)
     assert (error <= result.certificate + result.arithmetic_bound)[fine].all()
     assert torch.isfinite(result.out[0, case.group_size :]).all(), "another KV head was harmed"
+
+
+@pytest.mark.parametrize("spec", ["dense", "topk:9", "exact:0.1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_certificates_hold_under_autocast(spec, dtype):
+    case = build_case(6, kv_len=120, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = [attend(case.q, case.index(), policy=spec, record=True)]
+        if spec != "exact:0.1":
+            results.append(attend(case.q, FlatIndex.build(case.keys, case.values), policy=spec, record=True))
+    for result in results:
+        check_step(case, result, parse(spec))
 
 
 def test_values_from_elsewhere_have_no_certificate_but_the_right_answer():

@@ -17,8 +17,8 @@ from helpers import (
 from louver.geometry.metric import inverse_weight
 from louver.kernels import available_backends, get_ops
 from louver.sketch import SketchConfig
-from louver.sketch.layout import NO_BOUND, SCALES, unpack_nibbles
-from strategies import cases, seeds
+from louver.sketch.layout import NO_BOUND, SCALES, pack_nibbles, unpack_nibbles
+from strategies import cases, generator, seeds
 
 backends = pytest.mark.parametrize("backend", available_backends())
 
@@ -89,6 +89,31 @@ def test_the_bound_holds_and_is_nearly_attained_along_a_residual(backend, case, 
 
 
 @backends
+@given(seed=seeds(), head_dim=st.sampled_from((33, 64, 128, 256)), offset=st.sampled_from((0.0, 10.0, 1e4)))
+def test_a_sketch_that_misses_nothing_still_allows_for_rounding(backend, seed, head_dim, offset):
+    """Keys exactly on their frame's grid have radius 0: the width left is what computing the estimate costs."""
+    random = generator(seed)
+    case = build_case(seed, kv_len=32, head_dim=head_dim, batch=1)
+    sketch = case.index(backend).sketch
+    codes = torch.randint(16, (1, 2, 2, 16, sketch.dims), generator=random)
+    center = (offset * torch.randn(1, 2, 2, sketch.dims, generator=random)).half()
+    octave = torch.randint(12, 20, (1, 2, 2, sketch.dims), generator=random)
+    keys = (codes - 8) * (2.0 ** (octave - 18))[..., None, :].double() + center.double()[..., None, :]
+    exact = (keys.float().double() == keys).all(-1)
+    sketch.key_codes.copy_(pack_nibbles(codes.byte()))
+    sketch.key_center.copy_(center)
+    sketch.key_scale.copy_((8 * octave).byte())
+    sketch.key_radius.zero_()
+    sketch.radius_unit.fill_(2.0**-100)
+    stored = keys[..., :head_dim].flatten(2, 3)
+    bounds = get_ops(backend).bounds(case.q, stored.float(), sketch, case.kv_start, case.kv_len, 1.0)
+    truth = (case.q.double().unflatten(1, (2, -1)) @ stored.mT).flatten(1, 2)
+    on_grid = exact.flatten(2).repeat_interleave(case.group_size, 1)
+    assert on_grid.float().mean() > 0.9
+    assert ((bounds.lower.double() <= truth) & (truth <= bounds.upper.double()) | ~on_grid).all()
+
+
+@backends
 @given(case=cases(), seed=seeds())
 def test_search_answers_in_csr_form(backend, case, seed):
     tau = some_taus(case, seed)[0]
@@ -121,6 +146,18 @@ def test_a_key_that_is_not_finite_is_always_read_and_harms_no_other(backend, bad
     tau = torch.zeros(case.q.shape[:2])
     found = index.search(case.q, tau).mask(40)
     assert torch.equal(found[..., clean], (true_scores(case) >= 0)[..., clean])
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_query_that_overflows_its_bounds_decides_every_key(backend, dtype):
+    case = build_case(3, kv_len=40, batch=1, dtype=dtype)
+    q = torch.full_like(case.q, 3e38)
+    bounds = get_ops(backend).bounds(q, case.keys, case.index(backend).sketch, case.kv_start, case.kv_len, 1.0)
+    assert not bounds.undecided.any()
+    assert not torch.isnan(bounds.summary.edges).any()
+    selected = case.index(backend).search(q, torch.full(q.shape[:2], 1e38)).mask(40)
+    assert selected.all(), "scores that may have overflowed are kept"
 
 
 @backends

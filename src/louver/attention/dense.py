@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from louver.attention.arithmetic import attention_arithmetic
+from louver.kernels.reference.product import true_float32
 from louver.kv.device import DeviceStore
 from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
 from louver.shapes import Keys, PerRow, Query, Values, check_query, group_heads
@@ -80,9 +81,12 @@ def attend_everything(
     padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
     num_keys = (store.kv_len - store.kv_start)[:, None].expand(q.shape[:2])
+    with true_float32(q.device):
+        out = _attend(q, keys, values, valid, softmax_scale)
+        lse = _log_sum_exp(q, keys, valid, softmax_scale)
     return AttendResult(
-        out=_attend(q, keys, values, valid, softmax_scale),
-        lse=_log_sum_exp(q, keys, valid, softmax_scale),
+        out=out,
+        lse=lse,
         stats=dense_stats(keys, store.kv_len - store.kv_start),
         certificate=q.new_zeros(q.shape[:2], dtype=torch.float32),
         arithmetic_bound=attention_arithmetic(q, keys, values, softmax_scale, num_keys),

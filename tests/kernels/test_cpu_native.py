@@ -1,0 +1,87 @@
+"""What only the compiled backend has: instruction sets, threads, strides, and doing without a compiler."""
+
+import pytest
+import torch
+
+from helpers import build_case, true_attention, true_scores, within_certificate
+from louver import attend
+from louver.errors import BackendError
+from louver.kernels import available_backends, get_ops, resolve_backend
+from louver.kernels.cpu import native
+from louver.protocols import CutRule
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the extension was not built")
+
+RULES = [
+    CutRule(drop=True, share=0.05),
+    CutRule(drop=True, count=3),
+    CutRule(drop=True, tau=0.5),
+    CutRule(drop=False, share=0.02, unread_mass=0.1),
+]
+SHAPES = [(64, 3, torch.float32), (128, 4, torch.bfloat16), (80, 1, torch.float16), (33, 5, torch.float32)]
+
+
+@pytest.fixture(params=native.load().instruction_sets() if native.available() else [])
+def isa(request, monkeypatch):
+    """Every instruction set this machine can run, one after another."""
+    monkeypatch.setattr(native, "isa", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("head_dim, group_size, dtype", SHAPES)
+def test_every_instruction_set_bounds_and_attends(isa, head_dim, group_size, dtype):
+    case = build_case(3, kv_len=700, head_dim=head_dim, group_size=group_size, dtype=dtype, ragged=True)
+    index = case.index("cpu")
+    bounds = index.bounds(case.q, case.softmax_scale)
+    truth = true_scores(case)
+    for row, start in enumerate(case.kv_start.tolist()):
+        width = min(bounds.estimate.shape[2], case.keys.shape[2] - start)
+        real = truth[row, :, start : start + width]
+        undecided = bounds.undecided[row].repeat_interleave(group_size, 0)[:, :width]
+        assert ((real <= bounds.upper[row, :, :width].double()) | ~undecided).all()
+        assert ((real >= bounds.lower[row, :, :width].double()) | ~undecided).all()
+    for policy in ("budget:0.05", "topk:3", "exact:0.02", "exact:1.0"):
+        result = attend(case.q, index, policy=policy, record=True)
+        assert within_certificate(case, result).all(), policy
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_threads_change_nothing_that_matters(rule):
+    case = build_case(1, kv_len=1500, head_dim=64, group_size=3, num_kv_heads=3, batch=1)
+    index, outs = case.index("cpu"), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            place = (case.kv_start, case.kv_len, case.softmax_scale)
+            outs.append(get_ops("cpu").step(case.q, case.keys, case.values, index.sketch, rule, *place, record=True))
+    finally:
+        torch.set_num_threads(threads)
+    for other in outs[1:]:
+        torch.testing.assert_close(other.out, outs[0].out, rtol=1e-4, atol=1e-4)
+        if rule.drop:
+            assert torch.equal(other.exact_mask, outs[0].exact_mask)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_strides_are_read_and_not_copied(rule):
+    """A cache that is a view of another layout, as [batch, len, heads, dim] or dim-major keys are."""
+    case = build_case(2, kv_len=300, head_dim=64, group_size=2)
+    index = case.index("cpu")
+    place = (case.kv_start, case.kv_len, case.softmax_scale)
+    plain = get_ops("cpu").step(case.q, case.keys, case.values, index.sketch, rule, *place)
+    token_major = case.values.transpose(1, 2).contiguous().transpose(1, 2)
+    dim_major = case.keys.transpose(2, 3).contiguous().transpose(2, 3)
+    strided = get_ops("cpu").step(case.q, dim_major, token_major, index.sketch, rule, *place)
+    torch.testing.assert_close(strided.out, plain.out, rtol=1e-5, atol=1e-5)
+    dense, _ = get_ops("cpu").attend_dense(case.q, dim_major, token_major, *place)
+    torch.testing.assert_close(dense.double(), true_attention(case), rtol=1e-4, atol=1e-4)
+
+
+def test_a_backend_that_was_not_compiled_is_an_error_and_auto_does_without(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "reason", "no module")
+    assert available_backends() == ["reference"]
+    assert resolve_backend("auto") == "reference"
+    with pytest.raises(BackendError, match="not compiled here"):
+        resolve_backend("cpu")
