@@ -213,8 +213,9 @@ def check(
             for w, v in zip(weights.split(65536), values[row, kv].split(65536), strict=True):
                 want += w @ v.double()
             assert recorded.exact_mask is not None
-            exact = recorded.exact_mask[row, head]
-            tau = recorded.tau[row, head].double()
+            exact, tau = recorded.exact_mask[row, head], recorded.tau[row, head].double()
+            if fast.tau[row, head] == -torch.inf:  # the step went dense; recording takes the long way
+                exact, tau = torch.ones_like(exact), fast.tau[row, head].double()
             lost += int(((scores >= tau) & ~exact).sum())
             relevant = scores >= tau
             if rule.drop and rule.tau is None:

@@ -1,29 +1,34 @@
 // Exact attention over the list, split over CTAs, in float32; the twin of exact_kernel, with the same sums. A CTA takes CHUNK entries:
-// their scores (select.cu left them; otherwise LANES lanes compute one), their weights, then their values, 16 bytes a lane.
+// their scores (select.cu left them; otherwise LANES lanes compute one), their weights, then their values, two channels a thread.
+// Sums that bound an error are taken channel by channel: |sum a |v|| is at most sum a |v|, and needs no norm per key.
 // Where the list overflowed, every token of the row is attended. Macros: D, G, L, BF16, PAGED, DROP.
 #define THREADS 256
 #define CHUNK 256
 #define GROUPS (THREADS / LANES)
 #define WARPS (THREADS / 32)
+#define PAIRS (D / 2)
+#define SHARES (THREADS / PAIRS)        // keys whose values are read at once
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(
-    const float* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const int* __restrict__ table, i64 k_page,
+    const float* q, const u16* __restrict__ k, const u16* __restrict__ v, const int* __restrict__ table, i64 k_page,
     i64 k_head, i64 k_token, i64 v_page, i64 v_head, i64 v_token, i64 table_stride, int page_len,
     const int* __restrict__ num_blocks, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
-    const float* __restrict__ low, const float* __restrict__ tau, const int* __restrict__ listed,
-    const float* __restrict__ scores, const float* __restrict__ norms, int* __restrict__ counters, float* __restrict__ part_out,
+    const float* low, const float* tau, const int* listed,
+    const float* scores, const float* norms, int* __restrict__ counters, float* __restrict__ part_out,
     float* __restrict__ part_sums, u8* __restrict__ mask, i64 mask_stride, int num_kv_heads, int room, float scale,
     float slack_share, float weight_slack) {
     __shared__ int tokens[CHUNK];
     __shared__ float weight[CHUNK][G], extra[CHUNK][G];
     __shared__ float peak[G], fade[G], norm[G];
-    __shared__ float merged[WARPS][D];
-    __shared__ float sums[WARPS][G][6];
+    __shared__ float2 merged[SHARES][PAIRS];
+    __shared__ float sums[4][G][WARPS], squares[PAIRS];
     __shared__ int kept_closed;
     const int pid = blockIdx.x, row = pid / num_kv_heads, kv_head = pid % num_kv_heads, warp = threadIdx.x / 32;
     const int start = kv_start[row], length = kv_len[row] - start, closed = num_blocks[row] * L;
     const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
     int* mine = counters + pid * COUNTERS;
+    release_next();
+    wait_for_previous();
     const bool overflow = mine[LISTED] > room;
     const int total = overflow ? length : mine[LISTED];
     const int each = (total + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * each, end = min(begin + each, total);
@@ -37,13 +42,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         square = sqrtf(sum_lanes<32>(square)) * 1.001f;
         if (threadIdx.x % 32 == 0) norm[g] = square;
     }
-    float2 acc[G][4];
-    float weights[G], floors[G], surplus[G], surplus_value[G], reach[G], rejected[G];
+    const int pair = threadIdx.x % PAIRS, key_share = threadIdx.x / PAIRS;
+    float2 out[G], reach[G], surplus_value[G];  // sums of a v, a |v|, extra |v| over this thread's keys, for its two channels
+    float weights[G], floors[G], surplus[G], rejected[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        weights[g] = floors[g] = surplus[g] = surplus_value[g] = reach[g] = rejected[g] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) acc[g][j] = make_float2(0.0f, 0.0f);
+        weights[g] = floors[g] = surplus[g] = rejected[g] = 0.0f;
+        out[g] = reach[g] = surplus_value[g] = make_float2(0.0f, 0.0f);
     }
     __syncthreads();
     for (int first = begin; first < end; first += CHUNK) {
@@ -98,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             for (int g = 0; g < G; ++g) {
                 const float s = weight[threadIdx.x][g], slack = extra[threadIdx.x][g];
                 bool keep = true;
-                if (DROP && !(entry & DECIDED) && s + slack < tau[pid * G + g]) {
+                if (known && !(entry & DECIDED) && s + slack < tau[pid * G + g]) {
                     keep = false;
                     rejected[g] += exp2_fast(((s + slack) * scale - low[pid * G + g] + fabsf(s * scale) * 0x1p-20f) * LOG2E) * 1.001f;
                 }
@@ -125,9 +130,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
 #pragma unroll
         for (int g = 0; g < G; ++g) {
             const float f = fade[g], shift = peak[g] == -INFINITE ? 0.0f : peak[g];
-            weights[g] *= f, floors[g] *= f, surplus[g] *= f, surplus_value[g] *= f, reach[g] *= f;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) acc[g][j].x *= f, acc[g][j].y *= f;
+            weights[g] *= f, floors[g] *= f, surplus[g] *= f;
+            out[g].x *= f, out[g].y *= f, reach[g].x *= f, reach[g].y *= f, surplus_value[g].x *= f, surplus_value[g].y *= f;
             if (threadIdx.x < n) {
                 const float logit = weight[threadIdx.x][g];
                 const bool kept = logit > -INFINITE || logit != logit;
@@ -143,58 +147,63 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             }
         }
         __syncthreads();
-        for (int i = group; i < (n + GROUPS - 1) / GROUPS * GROUPS; i += GROUPS) {
-            const int entry = i < n ? tokens[i] : -1;
-            uint4 value = make_uint4(0, 0, 0, 0);
-            if (entry != -1) value = *(const uint4*)(value_place.at(row, kv_head, start + (entry & (DECIDED - 1))) + lane * 8);
-            float2 y[4] = {unpack(value.x), unpack(value.y), unpack(value.z), unpack(value.w)};
-            float square = 0.0f;
+#pragma unroll 4
+        for (int i = key_share; i < n; i += SHARES) {
+            const int entry = tokens[i];
+            u32 value = 0;
+            if (entry != -1) value = *(const u32*)(value_place.at(row, kv_head, start + (entry & (DECIDED - 1))) + 2 * pair);
+            const float2 y = unpack(value);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) square += y[j].x * y[j].x + y[j].y * y[j].y;
-            square = sqrtf(sum_lanes<LANES>(square)) * 1.00002f;
-            if (entry != -1)
-#pragma unroll
-                for (int g = 0; g < G; ++g) {
-                    const float a = weight[i][g];
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) acc[g][j].x += a * y[j].x, acc[g][j].y += a * y[j].y;
-                    if (lane == 0) { reach[g] += a * square; surplus_value[g] += extra[i][g] * square; }
-                }
+            for (int g = 0; g < G; ++g) {
+                const float a = weight[i][g], more = extra[i][g];
+                if (entry == -1) continue;
+                out[g].x += a * y.x, out[g].y += a * y.y;
+                reach[g].x += a * fabsf(y.x), reach[g].y += a * fabsf(y.y);
+                surplus_value[g].x += more * fabsf(y.x), surplus_value[g].y += more * fabsf(y.y);
+            }
         }
         __syncthreads();
     }
-    // Merge the groups of a warp in registers, the warps through shared memory.
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        const i64 at = ((i64)pid * G + g) * gridDim.y + blockIdx.y;
-        float one[6] = {weights[g], floors[g], surplus_value[g], surplus[g], reach[g], rejected[g]};
-#pragma unroll
-        for (int j = 0; j < 6; ++j) {
-            one[j] = sum_lanes<32>(one[j]);
-            if (threadIdx.x % 32 == 0) sums[warp][g][j] = one[j];
-        }
+        float one[4] = {weights[g], floors[g], surplus[g], rejected[g]};
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            float a = acc[g][j].x, b = acc[g][j].y;
+            one[j] = sum_lanes<32>(one[j]);
+            if (threadIdx.x % 32 == 0) sums[j][g][warp] = one[j];
+        }
+    }
+#pragma unroll 1
+    for (int what = 0; what < 3 * G; ++what) {  // merge the keys of all threads, one vector at a time
+        const int g = what / 3;
+        float2 x = make_float2(0.0f, 0.0f);
 #pragma unroll
-            for (int m = LANES; m < 32; m *= 2) { a += __shfl_xor_sync(FULL, a, m); b += __shfl_xor_sync(FULL, b, m); }
-            if (threadIdx.x % 32 < LANES) { merged[warp][lane * 8 + 2 * j] = a; merged[warp][lane * 8 + 2 * j + 1] = b; }
+        for (int h = 0; h < G; ++h)
+            if (h == g) x = what % 3 == 0 ? out[h] : what % 3 == 1 ? surplus_value[h] : reach[h];
+        merged[key_share][pair] = x;
+        __syncthreads();
+        const i64 at = ((i64)pid * G + g) * gridDim.y + blockIdx.y;
+        if (threadIdx.x < PAIRS) {
+            for (int i = 1; i < SHARES; ++i) x.x += merged[i][pair].x, x.y += merged[i][pair].y;
+            if (what % 3 == 0) ((float2*)(part_out + at * D))[pair] = x;
+            squares[pair] = x.x * x.x + x.y * x.y;
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < D; i += THREADS) {
-            float o = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) o += merged[w][i];
-            part_out[at * D + i] = o;
+        if (warp == 0) {
+            float square = 0.0f;
+            for (int i = threadIdx.x; i < PAIRS; i += 32) square += squares[i];
+            square = sqrtf(sum_lanes<32>(square)) * 1.0001f;
+            if (threadIdx.x == 0 && what % 3) part_sums[at * 8 + (what % 3 == 1 ? 3 : 5)] = square;
         }
-        if (threadIdx.x < 6) {
-            float o = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) o += sums[w][g][threadIdx.x];
-            part_sums[at * 8 + 1 + threadIdx.x] = o;
-        }
-        if (threadIdx.x == 6) part_sums[at * 8] = peak[g];
         __syncthreads();
+    }
+    if (threadIdx.x < 4 * G) {
+        const int g = threadIdx.x / 4, j = threadIdx.x % 4;
+        float o = 0.0f;
+        for (int w = 0; w < WARPS; ++w) o += sums[j][g][w];
+        float* to = part_sums + (((i64)pid * G + g) * gridDim.y + blockIdx.y) * 8;
+        to[j == 0 ? 1 : j == 1 ? 2 : j == 2 ? 4 : 6] = o;
+        if (j == 0) to[0] = peak[g];
     }
     if (DROP && threadIdx.x == 0 && kept_closed) atomicAdd(mine + EXACT, kept_closed);
 }

@@ -86,6 +86,11 @@ struct Place {  // where a cache's tokens lie: strides in elements, pages throug
 
 #define LANES (D / 8)  // lanes that share a token's channels, 16 bytes each
 
+// Programmatic dependent launch: the next kernel of the step may start its prologue; and wait for all that was launched before. What an
+// earlier kernel of the step wrote is never __restrict__: the compiler may read that before the wait.
+__device__ __forceinline__ void release_next() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 template <int N> __device__ __forceinline__ float sum_lanes(float x) {
 #pragma unroll
     for (int m = N / 2; m; m /= 2) x += __shfl_xor_sync(FULL, x, m);

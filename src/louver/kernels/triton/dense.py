@@ -1,7 +1,8 @@
 """Dense attention of one query per row, split over the keys: the fallback, and the right choice below the crossover.
 
-Arithmetic bound: with every |k_d| <= K and |v_d| <= V met on the way, a logit is off by at most
-scale gamma |q|_1 K plus the rounding of its exponential, and the sums by a few roundings of V sqrt(D).
+Arithmetic bound: tensor cores also sum |q| |k| and a |v|, for a tenth of a percent of the time; a logit is off by at most
+gamma times the largest of the first, the output by the second times what that and the rounding of the weights make of a weight.
+(The largest |k| and |v|, kept element by element, doubled the time: docs/kernels.md.)
 """
 
 # pyright: reportCallIssue=false
@@ -14,9 +15,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from louver.geometry.rounding import UNIT_OF
-from louver.kernels.triton.common import LOG2E, exp, token_offset
+from louver.kernels.triton.common import LN2, LOG2E, exp, token_offset
 from louver.kernels.triton.launch import cache_arguments, num_splits, workspace
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
+
+LIFT = 15.0  # float16 weights are scaled by 2^15, or small ones would underflow
 
 
 @triton.jit
@@ -24,7 +27,7 @@ def _dense_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
     kv_start, kv_len, part_out, part_sums, num_kv_heads, scale,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, LIFT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -39,8 +42,9 @@ def _dense_kernel(
     peak = tl.full((GP,), -float("inf"), tl.float32)
     weights = tl.zeros((GP,), tl.float32)
     out = tl.zeros((GP, DP), tl.float32)
-    largest_key = tl.zeros((BLOCK, DP), k.dtype.element_ty)
-    largest_value = tl.zeros((BLOCK, DP), k.dtype.element_ty)
+    x_abs = tl.abs(x).to(x.dtype)
+    largest = tl.zeros((GP,), tl.float32)
+    reach = tl.zeros((GP, DP), tl.float32)
     each = tl.cdiv(tl.cdiv(stop - start, BLOCK), splits) * BLOCK
     begin = start + split * each
     end = tl.minimum(begin + each, stop)
@@ -53,43 +57,42 @@ def _dense_kernel(
         key = tl.load(k + at[:, None] + d[None, :] * k_dim, mask=held, other=0.0)
         at = token_offset(table, row, pid % num_kv_heads, safe, v_page, v_head, v_token, table_stride, page_len, PAGED)
         value = tl.load(v + at[:, None] + d[None, :] * v_dim, mask=held, other=0.0)
-        largest_key = tl.maximum(largest_key, tl.abs(key).to(key.dtype))
-        largest_value = tl.maximum(largest_value, tl.abs(value).to(value.dtype))
+        absolute = tl.dot(tl.abs(key).to(x.dtype), x_abs, input_precision="ieee")
+        largest = tl.maximum(largest, tl.max(absolute, 0))
         logit = tl.dot(key.to(x.dtype), x, input_precision="ieee") * scale
         logit = tl.where(inside[:, None], logit, -float("inf"))
         higher = tl.maximum(peak, tl.max(logit, 0))
-        weight = tl.exp2((logit - higher[None, :]) * LOG2E)
+        weight = tl.exp2((logit - higher[None, :]) * LOG2E + LIFT)
         fade = exp(peak - higher)
         weights = weights * fade + tl.sum(weight, 0)
         rounded = tl.trans(weight).to(value.dtype)
         out = out * fade[:, None] + tl.dot(rounded, value, input_precision="ieee")
+        reach = reach * fade[:, None] + tl.dot(rounded, tl.abs(value).to(value.dtype), input_precision="ieee")
         peak = higher
     at = ((pid * G + g) * splits + split).to(tl.int64)
     tl.store(part_out + at[:, None] * D + d[None, :], out, mask=real[:, None] & (d < D)[None, :])
-    tl.store(part_sums + at * 4, peak, mask=real)
-    tl.store(part_sums + at * 4 + 1, weights, mask=real)
-    tl.store(
-        part_sums + at * 4 + 2,
-        tl.zeros((GP,), tl.float32) + tl.max(tl.max(largest_key, 0), 0).to(tl.float32),
-        mask=real,
-    )
-    tl.store(
-        part_sums + at * 4 + 3,
-        tl.zeros((GP,), tl.float32) + tl.max(tl.max(largest_value, 0), 0).to(tl.float32),
-        mask=real,
-    )
+    norm = tl.sqrt(tl.sum(reach * reach, 1))
+    tl.store(part_sums + at * 8, peak - LIFT * LN2, mask=real)
+    tl.store(part_sums + at * 8 + 1, weights, mask=real)
+    tl.store(part_sums + at * 8 + 2, largest, mask=real)
+    tl.store(part_sums + at * 8 + 3, norm, mask=real)
+    # Column G asks with a zero query: every weight is 2^LIFT, so its reach is the plain sum of |v|.
+    plain = tl.sum(tl.where(g == G, norm, 0.0), 0) * tl.exp2(-LIFT)
+    tl.store(part_sums + at * 8 + 4, tl.zeros((GP,), tl.float32) + plain, mask=real)
 
 
 @triton.jit
 def _merge_kernel(
-    q, part_out, part_sums, kv_start, kv_len, out, evidence, counts, num_kv_heads, scale, score_share, weight_slack,
-    accumulation, out_unit,
+    part_out, part_sums, kv_start, kv_len, out, evidence, counts, num_kv_heads, scale, score_share, weight_slack,
+    accumulation, underflow, out_unit,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     d = tl.arange(0, DP)
     s = tl.arange(0, SPLITS)
-    sums = part_sums + (pid * SPLITS + s) * 4
+    row = pid // G // num_kv_heads
+    length = (tl.load(kv_len + row) - tl.load(kv_start + row)).to(tl.int64)
+    sums = part_sums + (pid * SPLITS + s) * 8
     peaks = tl.load(sums)
     peak = tl.max(peaks, 0)
     shift = tl.where(peak == -float("inf"), 0.0, peak)
@@ -100,21 +103,22 @@ def _merge_kernel(
     parts = tl.where(peaks[:, None] == -float("inf"), 0.0, parts)
     o = tl.sum(parts * fade[:, None], 0) / tl.where(total > 0, total, 1.0)
     tl.store(out + pid * D + d, o.to(out.dtype.element_ty), mask=d < D)
-    x = tl.load(q + pid * D + d, mask=d < D, other=0.0).to(tl.float32)
-    key = tl.max(tl.load(sums + 2), 0)
-    value = tl.max(tl.load(sums + 3), 0) * tl.sqrt(D * 1.0) * 1.001
-    reach = tl.sum(tl.abs(x), 0) * key * scale
-    off = reach * score_share + weight_slack + 2.0**-20 * reach
+    # |sum a |v|| over all keys, relative to the total, and the largest error of a logit in nats.
+    reach = tl.sum(tl.load(sums + 3) * fade, 0) / tl.where(total > 0, total, 1.0) * 1.001
+    largest = tl.max(tl.load(sums + 2), 0) * scale
+    plain = tl.sum(tl.load(sums + 4), 0) / tl.where(total > 0, total, 1.0) * 1.001
+    off = largest * score_share + weight_slack + 2.0**-20 * (largest + tl.abs(shift))
+    norm = tl.sqrt(tl.sum(o * o, 0)) * 1.001
     rows = tl.num_programs(0)
-    arithmetic = (exp(2 * off) - 1) * 2.01 * value + (accumulation + out_unit) * value + tl.sqrt(D * 1.0) * 2.0**-24
+    arithmetic = (exp(2 * off) - 1) * 1.001 * (reach + norm) + accumulation * (reach + norm)
+    arithmetic += underflow * (plain + norm * length.to(tl.float32) / tl.where(total > 0, total, 1.0))
+    arithmetic += out_unit * norm + tl.sqrt(D * 1.0) * 2.0**-24
     tl.store(evidence + pid, tl.where(total > 0, shift + tl.log(total), -float("inf")))
     tl.store(evidence + rows + pid, 0.0)
     tl.store(evidence + 2 * rows + pid, arithmetic)
     tl.store(evidence + 3 * rows + pid, 0.0)
     tl.store(evidence + 4 * rows + pid, -float("inf"))
     if pid % G == 0:
-        row = pid // G // num_kv_heads
-        length = (tl.load(kv_len + row) - tl.load(kv_start + row)).to(tl.int64)
         for i in tl.static_range(7):
             tl.store(counts + pid // G * 7 + i, length if i == 0 or i == 2 else length * 0)
 
@@ -146,10 +150,10 @@ def attend_everything(
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
-    block = 64 if head_dim <= 128 else 32
+    block = 32
     splits = num_splits(batch * num_kv_heads, -(-longest // block), 4)
     part_out = workspace(q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
-    part_sums = workspace(q.device, "dense_sums", (batch * num_q_heads, splits, 4), torch.float32)
+    part_sums = workspace(q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
@@ -158,14 +162,15 @@ def attend_everything(
     compute = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
     _dense_kernel[(batch * num_kv_heads, splits)](
         compute, *cache_arguments(keys, values, block_table), kv_start, kv_len, part_out, part_sums, num_kv_heads,
-        softmax_scale, **sizes, GP=triton.next_power_of_2(group), BLOCK=block, PAGED=block_table is not None,
-        STAGES=3 if head_dim <= 128 else 2, num_warps=4,
+        softmax_scale, **sizes, GP=triton.next_power_of_2(group + 1), BLOCK=block, PAGED=block_table is not None,
+        STAGES=3, LIFT=LIFT if values.dtype == torch.float16 else 0.0, num_warps=4,
     )  # fmt: skip
     unit = 2.0**-22
     chain = longest / splits + block
     _merge_kernel[(batch * num_q_heads,)](
-        compute, part_out, part_sums, kv_start, kv_len, out, evidence, counts, num_kv_heads, softmax_scale,
-        (head_dim + 2) * unit * 1.01, UNIT_OF[values.dtype] * 1.01 + 2.0**-20, 2 * (chain + splits + 64) * unit, UNIT_OF[q.dtype],
+        part_out, part_sums, kv_start, kv_len, out, evidence, counts, num_kv_heads, softmax_scale,
+        (head_dim + 2) * unit * 1.01, UNIT_OF[values.dtype] * 1.01 + 2.0**-20, 2 * (chain + splits + 64) * unit,
+        2.0**-25 if values.dtype == torch.float16 else 2.0**-120, UNIT_OF[q.dtype],
         **sizes, SPLITS=splits, num_warps=4,
     )  # fmt: skip
     return out, evidence, counts

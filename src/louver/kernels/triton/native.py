@@ -137,7 +137,7 @@ def tiers(plan: "Plan", splits: int) -> None:
     runtime.launch(
         _kernel("tiers.cu", "tiers", plan),
         (plan.rows, splits),
-        256,
+        128 if plan.group * sketch.dims > 1024 else 256,
         [
             w.upper, w.reach, sketch.key_radius, frames.codes, frames.center, frames.scale, frames.error,
             sketch.value_spread, plan.scales, *plan.place, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,

@@ -5,25 +5,28 @@
 #define ROOM 1024                       // tokens listed by a CTA before it scores them
 #define STEP (2 * THREADS / L)          // blocks read at once
 #define GROUPS (THREADS / LANES)
+#define UNROLL 2
 
 extern "C" __global__ void __launch_bounds__(THREADS) select_keys(
-    const float* __restrict__ q, const u16* __restrict__ k, const int* __restrict__ table, i64 k_page, i64 k_head, i64 k_token,
-    i64 table_stride, int page_len, const u16* __restrict__ upper, const float* __restrict__ value_spread,
+    const float* q, const u16* __restrict__ k, const int* __restrict__ table, i64 k_page, i64 k_head, i64 k_token,
+    i64 table_stride, int page_len, const u16* upper, const float* __restrict__ value_spread,
     const int* __restrict__ num_blocks, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
-    const int* __restrict__ cuts, const float* __restrict__ low, float* __restrict__ tau, int* __restrict__ listed,
+    const int* cuts, const float* low, float* __restrict__ tau, int* __restrict__ listed,
     float* __restrict__ scores, float* __restrict__ norms, int* __restrict__ counters, float* __restrict__ below,
     int* __restrict__ rank_hist, int num_kv_heads, int capacity, int room, float scale, float slack_share, i64 share,
     i64 tolerance, int count) {
     __shared__ int found[ROOM];
     __shared__ int number, base, finished;
+    __shared__ float norms_of_q[G], origins[G];
     const int pid = blockIdx.x, row = pid / num_kv_heads, kv_head = pid % num_kv_heads;
     const int blocks = num_blocks[row], start = kv_start[row], length = kv_len[row] - start;
     const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES;
     const Place place = {k, k_page, k_head, k_token, table, table_stride, page_len};
     int* mine = counters + pid * COUNTERS;
+    release_next();
+    wait_for_previous();
     int cut[G];
     float2 x[G][4];
-    float norm[G];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         cut[g] = cuts[(pid * G + g) * 2];
@@ -33,25 +36,62 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_keys(
         float square = 0.0f;
 #pragma unroll
         for (int i = 0; i < 4; ++i) square += x[g][i].x * x[g][i].x + x[g][i].y * x[g][i].y;
-        norm[g] = sqrtf(sum_lanes<LANES>(square)) * 1.001f;
+        square = sqrtf(sum_lanes<LANES>(square)) * 1.001f;
+        if (threadIdx.x == 0) { norms_of_q[g] = square; origins[g] = low[pid * G + g]; }
     }
     if (threadIdx.x == 0) number = 0;
     __syncthreads();
 
-    auto score = [&]() {  // everything found so far; called by all threads
+    const int each = (blocks + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * each, end = min(begin + each, blocks);
+    float mass[G], spread = 0.0f;
+#pragma unroll
+    for (int g = 0; g < G; ++g) mass[g] = 0.0f;
+    // First the blocks of this CTA, then (the last one) the open block: one loop, so that scoring is in the code once.
+    const int steps = max(0, (end - begin + STEP - 1) / STEP), rest = blocks * L;
+    const int extra = blockIdx.y == gridDim.y - 1 ? (max(0, length - rest) + THREADS - 1) / THREADS : 0;
+    for (int step = 0; step < steps + extra; ++step) {
+        if (step < steps) {
+            const int b = begin + step * STEP;
+            const int block = b + threadIdx.x / (L / 2), pair = threadIdx.x % (L / 2);
+            if (block < end) {
+                const i64 at = (i64)pid * capacity + block;
+                u32 codes[G];
+#pragma unroll
+                for (int g = 0; g < G; ++g) codes[g] = ((const u32*)(upper + (at * G + g) * L))[pair];
+                bool first = false, second = false;
+#pragma unroll
+                for (int g = 0; g < G; ++g) {
+                    const int c0 = (int)(codes[g] & 0xffff) ^ SIGNED, c1 = (int)(codes[g] >> 16) ^ SIGNED;
+                    if (c0 >= cut[g]) first = true; else mass[g] += exp2_fast(c0 * (LOG2E / STEPS) - BELOW * LOG2E);
+                    if (c1 >= cut[g]) second = true; else mass[g] += exp2_fast(c1 * (LOG2E / STEPS) - BELOW * LOG2E);
+                }
+                const int token = block * L + 2 * pair;
+                const int c0 = (int)(codes[0] & 0xffff) ^ SIGNED, c1 = (int)(codes[0] >> 16) ^ SIGNED;
+                if (first) found[atomicAdd(&number, 1)] = token | (c0 == ALWAYS ? DECIDED : 0);
+                if (second) found[atomicAdd(&number, 1)] = (token + 1) | (c1 == ALWAYS ? DECIDED : 0);
+                if (pair == 0) spread = fmaxf(spread, value_spread[at]);
+            }
+        } else {
+            const int token = rest + (step - steps) * THREADS + threadIdx.x;
+            if (token < length) found[atomicAdd(&number, 1)] = token | DECIDED;
+        }
+        __syncthreads();
         const int n = number;
+        __syncthreads();
+        if (n == 0 || (n <= ROOM - 2 * THREADS && step + 1 < steps + extra)) continue;
+        // Score everything found so far.
         if (threadIdx.x == 0) base = atomicAdd(mine + LISTED, n);
         __syncthreads();
-        for (int round = 0; round < n; round += 2 * GROUPS) {  // the same number of rounds for all lanes
+        for (int round = 0; round < n; round += UNROLL * GROUPS) {  // the same number of rounds for all lanes
             const int first = round + group;
-            uint4 key[2];
+            uint4 key[UNROLL];
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
+            for (int u = 0; u < UNROLL; ++u) {
                 int i = min(first + u * GROUPS, n - 1);
                 key[u] = *(const uint4*)(place.at(row, kv_head, start + (found[i] & (DECIDED - 1))) + lane * 8);
             }
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
+            for (int u = 0; u < UNROLL; ++u) {
                 const int i = first + u * GROUPS;
                 float2 y[4] = {unpack(key[u].x), unpack(key[u].y), unpack(key[u].z), unpack(key[u].w)};
                 float square = 0.0f, dot[G];
@@ -72,65 +112,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_keys(
                         listed[(i64)pid * room + at] = found[i];
                         norms[(i64)pid * room + at] = square;
                     }
+                    float own = dot[0];
 #pragma unroll
-                    for (int g = 0; g < G; ++g)
-                        if (lane == g) {
-                            scores[((i64)pid * room + at) * G + g] = dot[g];
-                            if (!FIXED) {
-                                const float origin = low[pid * G + g];
-                                float logit = (dot[g] - square * norm[g] - 0x1p-60f) * scale;
-                                float position = (logit - origin) * STEPS - (fabsf(logit) + fabsf(origin)) * (0x1p-20f * STEPS);
-                                position = floorf(position) - (float)cut[g];
-                                if (position >= 0.0f) atomicAdd(&rank_hist[(pid * G + g) * RANK_BINS + (int)fminf(position, RANK_BINS - 1.0f)], 1);
-                            }
+                    for (int g = 1; g < G; ++g) own = lane == g ? dot[g] : own;
+                    if (lane < G) {
+                        scores[((i64)pid * room + at) * G + lane] = own;
+                        if (!FIXED) {
+                            float logit = (own - square * norms_of_q[lane] - 0x1p-60f) * scale;
+                            float position = (logit - origins[lane]) * STEPS - (fabsf(logit) + fabsf(origins[lane])) * (0x1p-20f * STEPS);
+                            position = floorf(position) - (float)cuts[(pid * G + lane) * 2];
+                            if (position >= 0.0f)
+                                atomicAdd(&rank_hist[(pid * G + lane) * RANK_BINS + (int)fminf(position, RANK_BINS - 1.0f)], 1);
                         }
+                    }
                 }
             }
         }
         __syncthreads();
         if (threadIdx.x == 0) number = 0;
         __syncthreads();
-    };
-
-    const int each = (blocks + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * each, end = min(begin + each, blocks);
-    float mass[G], spread = 0.0f;
-#pragma unroll
-    for (int g = 0; g < G; ++g) mass[g] = 0.0f;
-    for (int b = begin; b < end; b += STEP) {
-        const int block = b + threadIdx.x / (L / 2), pair = threadIdx.x % (L / 2);
-        if (block < end) {
-            const i64 at = (i64)pid * capacity + block;
-            u32 codes[G];
-#pragma unroll
-            for (int g = 0; g < G; ++g) codes[g] = ((const u32*)(upper + (at * G + g) * L))[pair];
-            bool first = false, second = false;
-#pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const int c0 = (int)(codes[g] & 0xffff) ^ SIGNED, c1 = (int)(codes[g] >> 16) ^ SIGNED;
-                if (c0 >= cut[g]) first = true; else mass[g] += exp2_fast(c0 * (LOG2E / STEPS) - BELOW * LOG2E);
-                if (c1 >= cut[g]) second = true; else mass[g] += exp2_fast(c1 * (LOG2E / STEPS) - BELOW * LOG2E);
-            }
-            const int token = block * L + 2 * pair;
-            const int c0 = (int)(codes[0] & 0xffff) ^ SIGNED, c1 = (int)(codes[0] >> 16) ^ SIGNED;
-            if (first) found[atomicAdd(&number, 1)] = token | (c0 == ALWAYS ? DECIDED : 0);
-            if (second) found[atomicAdd(&number, 1)] = (token + 1) | (c1 == ALWAYS ? DECIDED : 0);
-            if (pair == 0) spread = fmaxf(spread, value_spread[at]);
-        }
-        __syncthreads();
-        const int n = number;
-        __syncthreads();
-        if (n > ROOM - 2 * THREADS) score();
     }
-    if (blockIdx.y == gridDim.y - 1)
-        for (int i = blocks * L; i < length; i += THREADS) {
-            if (i + (int)threadIdx.x < length) found[atomicAdd(&number, 1)] = (i + threadIdx.x) | DECIDED;
-            __syncthreads();
-            const int n = number;
-            __syncthreads();
-            if (n > ROOM - 2 * THREADS) score();
-        }
-    __syncthreads();
-    if (number) score();
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         mass[g] = sum_lanes<32>(mass[g]);
@@ -153,13 +154,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_keys(
         const int id = pid * G + g, l = threadIdx.x % 32;
         const int4* bins = (const int4*)(rank_hist + id * RANK_BINS) + l * (RANK_BINS / 128);
         int own = 0;
-#pragma unroll 16
+#pragma unroll 8
         for (int i = 0; i < RANK_BINS / 128; ++i) {
             int4 n = __ldcg(bins + i);
             own += n.x + n.y + n.z + n.w;
         }
         int from = own;
-        for (int m = 1; m < 32; m *= 2) { int y = __shfl_down_sync(FULL, from, m); if (l + m < 32) from += y; }
+        _Pragma("unroll 1") for (int m = 1; m < 32; m *= 2) { int y = __shfl_down_sync(FULL, from, m); if (l + m < 32) from += y; }
         u32 enough = __ballot_sync(FULL, from >= need);
         float best = -INFINITE;
         if (enough) {
@@ -168,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_keys(
             int4 n = __ldcg((const int4*)(rank_hist + id * RANK_BINS + at * (RANK_BINS / 32)) + l);
             const int four = n.x + n.y + n.z + n.w;
             int up = four;
-            for (int m = 1; m < 32; m *= 2) { int y = __shfl_down_sync(FULL, up, m); if (l + m < 32) up += y; }
+            _Pragma("unroll 1") for (int m = 1; m < 32; m *= 2) { int y = __shfl_down_sync(FULL, up, m); if (l + m < 32) up += y; }
             const int in = 31 - __clz(__ballot_sync(FULL, up >= rest));
             int left = rest - (up - four), bin = 0;  // of this lane's four bins
             if (n.w >= left) bin = 3;

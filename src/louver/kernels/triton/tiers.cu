@@ -2,7 +2,7 @@
 // tiers_kernel, with the same sums. A warp takes a block. Values are the first operand of an m16n8k16 product (channels x keys), weights
 // the second: a byte of codes from each of two keys makes two operands with one AND each. A lane computes the weights of one query
 // head, so the certificate's sums stay in its registers. Macros: D, G, L, S.
-#define WARPS 8
+#define WARPS (G * D > 1024 ? 4 : 8)     // what fits in 48 KiB of shared memory
 #define KEYS (PAIRED ? 2 : 4)           // keys of a step of 16 a lane weighs
 #define STEPS16 (L / 16)
 #define W (D / 64)                      // 32-bit words of value codes a lane reads of a key
@@ -13,11 +13,11 @@
 struct Pairs { u32 x[KEYS / 2]; };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
-    const u16* __restrict__ upper, const float* __restrict__ reach, const u8* __restrict__ radius,
+    const u16* upper, const float* reach, const u8* __restrict__ radius,
     const u8* __restrict__ value_codes, const u16* __restrict__ value_center, const u8* __restrict__ value_scale,
     const float* __restrict__ value_error, const float* __restrict__ value_spread, const float* __restrict__ scales,
     const int* __restrict__ num_blocks, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
-    const float* __restrict__ low, const int* __restrict__ cuts, int* __restrict__ listed, int* __restrict__ counters,
+    const float* low, const int* cuts, int* __restrict__ listed, int* __restrict__ counters,
     float* __restrict__ part_out, float* __restrict__ part_sums, int num_kv_heads, int capacity, int room) {
     __shared__ float table[256];
     __shared__ float out[WARPS][G][D];
@@ -28,6 +28,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     for (int i = threadIdx.x; i < 256; i += WARPS * 32) table[i] = scales[i];
     for (int i = lane; i < G * D; i += 32) out[warp][i / D][i % D] = 0.0f;
     __syncthreads();
+    release_next();
+    wait_for_previous();
 
     int* mine = counters + pid * COUNTERS;
     const int head = PAIRED ? r % 4 : r, sub = PAIRED ? r / 4 : 0;
@@ -41,13 +43,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
 
     for (int b = blockIdx.y * WARPS + warp; b < blocks; b += gridDim.y * WARPS) {
         const i64 block = (i64)pid * capacity + b;
-        u32 codes[STEPS16][KEYS / 2];
-#pragma unroll
-        for (int i = 0; i < STEPS16; ++i) {
-            const u32* p = (const u32*)(upper + (block * G + (real ? head : 0)) * L + i * 16 + 4 * t + 2 * sub);
-#pragma unroll
-            for (int j = 0; j < KEYS / 2; ++j) codes[i][j] = p[j];
-        }
+        // The lane's codes of a step; read twice, the second time from the L1 cache: a loop is short where unrolled code is long.
+        const u16* lane_codes = upper + (block * G + (real ? head : 0)) * L + 4 * t + 2 * sub;
+        auto code_of = [&](int i, int j) { return (int)lane_codes[i * 16 + j] ^ SIGNED; };
         float factor[S];
 #pragma unroll
         for (int s = 0; s < S; ++s) factor[s] = reach[(block * (S + 2) + s) * G + (real ? head : 0)];
@@ -55,12 +53,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
         const float r_block = value_spread[block], e_block = value_error[block];
         // Which keys are exact for some head, and which are read by some head: four bits a step and lane, keys 4 t ... 4 t + 3.
         u32 exact = 0, live = 0;
-#pragma unroll
+#pragma unroll 2
         for (int i = 0; i < STEPS16; ++i) {
             u32 flags = 0;
 #pragma unroll
             for (int j = 0; j < KEYS; ++j) {
-                const int code = (int)((codes[i][j / 2] >> (16 * (j % 2))) & 0xffff) ^ SIGNED;
+                const int code = code_of(i, j);
                 if (real && code >= cut) flags |= 1u << (2 * sub + j);
                 if (real && code >= readable) flags |= 16u << (2 * sub + j);
             }
@@ -110,13 +108,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
 #pragma unroll
         for (int j = 0; j < TILES; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
         float here = 0.0f, lived = 0.0f, skipped = 0.0f;
+#pragma unroll 1
+        for (int first = 0; first < STEPS16; first += AHEAD)
 #pragma unroll
-        for (int i = 0; i < STEPS16; ++i) {
+        for (int slot = 0; slot < AHEAD; ++slot) {
+            const int i = first + slot;
             const u8* codes_of_radii = radius + (block * L + i * 16 + 4 * t + 2 * sub) * S;
             u32 weights[KEYS / 2];
 #pragma unroll
             for (int j = 0; j < KEYS; ++j) {
-                const int code = (int)((codes[i][j / 2] >> (16 * (j % 2))) & 0xffff) ^ SIGNED;
+                const int code = code_of(i, j);
                 float width = slack;
 #pragma unroll
                 for (int s = 0; s < S; ++s) width += (float)codes_of_radii[j * S + s] * factor[s];
@@ -145,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
                     b0 = weights[0];
                     b1 = weights[KEYS / 2 - 1];
                 }
-                Words<W>* v = ahead[i % AHEAD];
+                Words<W>* v = ahead[slot];
 #pragma unroll
                 for (int w = 0; w < W; ++w)
 #pragma unroll
@@ -157,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
                         x >>= 8, y >>= 8;
                         mma(acc[tile + 1], x & 0x000f000fu, x & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, b0, b1);
                     }
-                if (i + AHEAD < STEPS16) load(i + AHEAD, ahead[i % AHEAD]);
+                if (i + AHEAD < STEPS16) load(i + AHEAD, ahead[slot]);
             }
         }
         const float whole = lived + skipped;
