@@ -4,11 +4,13 @@
 """
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 import torch
 
 from louver.errors import BackendError
+from louver.kernels.cpu import native
 
 OPS = (
     "encode_block",
@@ -22,11 +24,15 @@ OPS = (
     "merge",
     "step",
 )
-_MODULES = {"reference": "louver.kernels.reference"}
+_MODULES = {"reference": "louver.kernels.reference", "cpu": "louver.kernels.cpu", "triton": "louver.kernels.triton"}
 
 
 def available_backends(device: torch.device | str = "cpu") -> list[str]:
     """Names of the backends that work on this machine for tensors on device, the fastest first."""
+    if torch.device(device).type == "cpu" and native.available():
+        return ["cpu", "reference"]
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return ["triton", "reference"]
     return ["reference"]
 
 
@@ -39,6 +45,8 @@ def resolve_backend(name: str, device: torch.device | str = "cpu") -> str:
     available = available_backends(device)
     if name == "auto":
         return available[0]
+    if name == "cpu" and not native.available():
+        raise BackendError(f"backend='cpu' was not compiled here ({native.reason}); {native.HOW_TO_BUILD}")
     if name not in available:
         raise BackendError(f"backend={name!r} is not available for {device}; available here: {', '.join(available)}")
     return name

@@ -1,0 +1,38 @@
+#include "isa.h"
+
+namespace louver {
+
+namespace baseline {
+extern const KernelTable table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
+
+const KernelTable* const* available_kernels(int* count) {
+    static const KernelTable* found[3];
+    static const int num_found = [] {
+        int n = 0;
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        auto has = [](auto... flags) { return (flags && ...); };
+        if (has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+                __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"),
+                __builtin_cpu_supports("avx512vnni"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi")))
+            found[n++] = &avx512::table;
+        if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi")))
+            found[n++] = &avx2::table;
+#endif
+        found[n++] = &baseline::table;
+        return n;
+    }();
+    *count = num_found;
+    return found;
+}
+
+}  // namespace louver

@@ -1,0 +1,100 @@
+// The op `bounds`: every sketched key's estimate and half-width, which keys are undecided, and the floors of the
+// others.
+#pragma once
+
+#include "kernels/exact.h"
+#include "kernels/scan.h"
+#include "kernels/schedule.h"
+
+namespace louver::LOUVER_ISA {
+
+struct BoundsOutput {
+    float *estimate, *half_width;  // [batch, num_q_heads, sketched]
+    uint8_t* undecided;            // [batch, num_kv_heads, sketched]
+    float* known;                  // [batch, num_q_heads, longest]: score less rounding of decided keys, else unwritten
+    int64_t sketched, longest;
+};
+
+struct BoundsContext {
+    const Problem* problem;
+    const SketchView* sketch;
+    const Rule* rule;
+    const BoundsOutput* to;
+    char* memory;
+    int64_t bytes_per_thread;
+};
+
+inline int64_t bounds_bytes(const SketchView& sketch, int64_t group) {
+    const int64_t padded = padded_dims(sketch.dims);
+    return (4 * group_floats(group, padded) + scan_bytes(sketch, group, 2) + 4 * padded + 4 * (group + 1) * kLanes +
+            256) /
+               64 * 64 +
+           64;
+}
+
+inline void bound_block(const BoundsContext& context, Scan& scan, const Rows& keys, int64_t b, float* work) {
+    const Problem& problem = *context.problem;
+    const SketchView& sketch = *context.sketch;
+    const BoundsOutput& to = *context.to;
+    const int64_t base = b * sketch.frame_len, length = problem.row_len(scan.row);
+    const int64_t first_head = scan.row * problem.num_q_heads + scan.head * scan.group.size;
+    uint8_t* undecided = to.undecided + (scan.row * problem.num_kv_heads + scan.head) * to.sketched + base;
+    scan_block(scan, sketch.block(scan.row, scan.head, b),
+               [&](int64_t token, i32x16 decided, auto&& estimate, auto&& half_width) {
+                   const int64_t count = sketch.frame_len - token < kLanes ? sketch.frame_len - token : kLanes;
+                   for (int64_t g = 0; g < scan.group.size; ++g) {
+                       const f32x16 e = estimate(g), h = half_width(g);
+                       const int64_t at = (first_head + g) * to.sketched + base + token;
+                       for (int64_t i = 0; i < count; ++i) to.estimate[at + i] = e[i], to.half_width[at + i] = h[i];
+                   }
+                   for (int64_t i = 0; i < count; ++i) {
+                       const int64_t index = base + token + i;
+                       const bool forced = index < context.rule->sinks || index >= length - context.rule->recent;
+                       undecided[token + i] = !forced && decided[i] == 0;
+                       if (undecided[token + i]) continue;
+                       float norm;
+                       const auto one = static_cast<int32_t>(index);
+                       score_tokens(keys, scan.group, &one, 1, work, 1, &norm, work + scan.group.size);
+                       for (int64_t g = 0; g < scan.group.size; ++g)
+                           to.known[(first_head + g) * to.longest + index] =
+                               work[g] - (score_error(scan.group.padded) * scan.group.norm[g] * norm + kAbsolute);
+                   }
+               });
+}
+
+inline void bounds_member(void* argument, int rank, Team& team) {
+    const auto& context = *static_cast<BoundsContext*>(argument);
+    const Problem& problem = *context.problem;
+    const SketchView& sketch = *context.sketch;
+    const int64_t size = problem.group_size(), padded = padded_dims(sketch.dims);
+    char* memory = context.memory + rank * context.bytes_per_thread;
+    float* group_memory = reinterpret_cast<float*>(memory);
+    float* work = group_memory + group_floats(size, padded);
+    char* scan_memory = memory + (4 * (group_floats(size, padded) + padded + (size + 1) * kLanes) + 63) / 64 * 64;
+    for_units(problem.batch * problem.num_kv_heads, rank, team.size(), [&](int64_t unit, bool shared) {
+        const int64_t row = unit / problem.num_kv_heads, head = unit % problem.num_kv_heads;
+        const Group group = read_group(problem, row, head, group_memory);
+        const Rows keys{&problem.keys, row, head, problem.kv_start[row], problem.head_dim, padded};
+        Scan scan = make_scan(sketch, group, row, head, 2, scan_memory);
+        const Part part = part_of(sketch.num_blocks[row], 1, shared ? rank : 0, shared ? team.size() : 1);
+        for (int64_t b = part.begin; b < part.end; ++b) bound_block(context, scan, keys, b, work);
+        if (shared && rank != 0) return;
+        for (int64_t i = sketch.num_blocks[row] * sketch.frame_len; i < problem.row_len(row); ++i) {
+            float norm;
+            const auto one = static_cast<int32_t>(i);
+            score_tokens(keys, group, &one, 1, work, 1, &norm, work + size);
+            for (int64_t g = 0; g < size; ++g)
+                context.to->known[(row * problem.num_q_heads + head * size + g) * context.to->longest + i] =
+                    work[g] - (score_error(padded) * group.norm[g] * norm + kAbsolute);
+        }
+    });
+}
+
+inline void bounds(const Problem& problem, const SketchView& sketch, const Rule& rule, const BoundsOutput& to,
+                   int num_threads) {
+    BoundsContext context{&problem, &sketch, &rule, &to, nullptr, bounds_bytes(sketch, problem.group_size()) + 128};
+    context.memory = scratch(context.bytes_per_thread * num_threads);
+    parallel(num_threads, bounds_member, &context);
+}
+
+}  // namespace louver::LOUVER_ISA

@@ -1,0 +1,52 @@
+// From spilled upper bounds to the list of keys read in full.
+#pragma once
+
+#include "kernels/unit.h"
+
+namespace louver::LOUVER_ISA {
+
+enum class AlsoFind { nothing, left_out, top_estimate };
+
+// Put this thread's keys on the list whose upper bound reaches cut for some head, unless it reached `before` already,
+// and score them. In the same pass, per head: the sum of the ceilings of the keys below its cut (left_out, into
+// unit.mass), or the largest estimate of the keys no head's cut is reached by (top_estimate, into the thread's
+// extremes).
+template <AlsoFind kAlso>
+inline void collect(Unit& unit, const float* cut, const float* before) {
+    const int64_t group = unit.group.size, frame_len = unit.sketch->frame_len;
+    const int64_t begin = unit.blocks.begin * frame_len, end = unit.blocks.end * frame_len;
+    const float scale = unit.problem->softmax_scale;
+    const int64_t from = unit.my_count();
+    for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(kAlso == AlsoFind::top_estimate ? -kInfinity : 0.0f);
+    for (int64_t i = begin; i < end; i += kLanes) {
+        const i32x16 inside = first_lanes(end - i);
+        i32x16 reached = {}, known = {};
+        for (int64_t g = 0; g < group; ++g) {
+            const f32x16 upper = load<f32x16>(unit.upper + g * unit.stride + i);
+            const i32x16 above = upper >= cut[g];
+            reached |= above;
+            known |= upper == kInfinity;
+            if (before != nullptr) known |= upper >= before[g];
+            if (kAlso == AlsoFind::left_out) {
+                const f32x16 mass = exp_above((upper - unit.top[g]) * scale);
+                unit.lanes[g] += select(inside & ~above, mass, splat(0));
+            }
+        }
+        if (kAlso == AlsoFind::top_estimate) {
+            const i32x16 sketched = inside & ~reached;
+            for (int64_t g = 0; g < group; ++g) {
+                const f32x16 estimate = load<f32x16>(unit.estimate + g * unit.stride + i);
+                unit.lanes[g] = max(unit.lanes[g], select(sketched, estimate, splat(-kInfinity)));
+            }
+        }
+        uint32_t todo = bits(inside & reached & ~known);
+        for (; todo != 0; todo &= todo - 1) add_token(unit, i + __builtin_ctz(todo));
+    }
+    for (int64_t g = 0; g < group; ++g) {
+        if (kAlso == AlsoFind::left_out) unit.mass[g] = static_cast<double>(sum(unit.lanes[g]));
+        if (kAlso == AlsoFind::top_estimate) unit.extreme(g).top = largest(unit.lanes[g]);
+    }
+    score_list(unit, from);
+}
+
+}  // namespace louver::LOUVER_ISA

@@ -1,0 +1,152 @@
+// Dense decode attention: grouped heads, streaming softmax, one pass over keys and values. Float32 accumulation.
+#pragma once
+
+#include "kernels/exact.h"
+#include "kernels/schedule.h"
+
+namespace louver::LOUVER_ISA {
+
+constexpr int64_t kDenseTile = 64;  // keys scored before their values are read
+
+// The state of a streaming softmax for a group: sums are in units of e^peak.
+struct Stream {
+    float *out, *total, *peak;  // [group, padded], [group], [group]
+};
+
+inline int64_t stream_floats(int64_t group, int64_t padded) { return group * (padded + 2); }
+
+inline Stream make_stream(float* memory, int64_t group, int64_t padded) {
+    Stream stream{memory, memory + group * padded, memory + group * (padded + 1)};
+    std::memset(memory, 0, static_cast<size_t>(4 * stream_floats(group, padded)));
+    for (int64_t g = 0; g < group; ++g) stream.peak[g] = -kInfinity;
+    return stream;
+}
+
+// Turn logits[g, n] of one tile into weights e^(logit - peak), rescaling what the stream holds. NaN stays NaN.
+inline void fold_logits(Stream& stream, int64_t group, int64_t padded, float* logits, int64_t stride, int64_t n,
+                        float softmax_scale) {
+    for (int64_t g = 0; g < group; ++g) {
+        float* x = logits + g * stride;
+        f32x16 top = splat(-kInfinity);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            f32x16 v = load<f32x16>(x + i) * softmax_scale;
+            if (n - i < kLanes) v = select(first_lanes(n - i), v, splat(-kInfinity));
+            store(x + i, v);
+            top = max(top, v);
+        }
+        const float peak = largest(top) > stream.peak[g] ? largest(top) : stream.peak[g];
+        if (peak > stream.peak[g] && stream.total[g] != 0) {
+            const float shrink = exp1(stream.peak[g] - peak);
+            stream.total[g] *= shrink;
+            for (int64_t d = 0; d < padded; d += kLanes)
+                store(stream.out + g * padded + d, load<f32x16>(stream.out + g * padded + d) * shrink);
+        }
+        stream.peak[g] = peak;
+        const float shift = peak == -kInfinity ? 0.0f : peak;
+        f32x16 total = {};
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const f32x16 v = load<f32x16>(x + i);
+            const f32x16 w = select(v < kLowestExponent + shift, splat(0), exp(v - shift));
+            store(x + i, w);
+            total += w;
+        }
+        stream.total[g] += sum(total);
+    }
+}
+
+// Add tokens begin .. end of one (row, KV head) to a stream. memory: see dense_floats.
+inline void stream_tokens(Stream& stream, const Group& group, const Rows& keys, const Rows& values, int64_t begin,
+                          int64_t end, float softmax_scale, float* memory) {
+    float* scores = memory;
+    float* norms = scores + group.size * kDenseTile;
+    float* buffer = norms + kDenseTile;
+    int32_t tokens[kDenseTile];
+    for (int64_t i = begin; i < end; i += kDenseTile) {
+        const int64_t n = end - i < kDenseTile ? end - i : kDenseTile;
+        for (int64_t j = 0; j < n; ++j) tokens[j] = static_cast<int32_t>(i + j);
+        score_tokens(keys, group, tokens, n, scores, kDenseTile, norms, buffer);
+        fold_logits(stream, group.size, group.padded, scores, kDenseTile, n, softmax_scale);
+        add_tokens(values, tokens, n, scores, kDenseTile, group.size, stream.out, nullptr, buffer);
+    }
+}
+
+inline int64_t dense_floats(int64_t group, int64_t padded) {
+    return (group + 1) * kDenseTile + kValueTile * padded + kLanes;
+}
+
+// Fold `other` into `into`; both over the same group.
+inline void merge_streams(Stream& into, const Stream& other, int64_t group, int64_t padded) {
+    for (int64_t g = 0; g < group; ++g) {
+        if (other.total[g] == 0) continue;
+        const float peak = into.peak[g] > other.peak[g] ? into.peak[g] : other.peak[g];
+        const float a = into.total[g] == 0 ? 0.0f : exp1(into.peak[g] - peak), b = exp1(other.peak[g] - peak);
+        into.total[g] = into.total[g] * a + other.total[g] * b;
+        for (int64_t d = 0; d < padded; ++d)
+            into.out[g * padded + d] = into.out[g * padded + d] * a + other.out[g * padded + d] * b;
+        into.peak[g] = peak;
+    }
+}
+
+struct DenseContext {
+    const Problem* problem;
+    char* out;
+    float* lse;
+    float* memory;  // per thread: a group, a stream, scratch
+    int64_t floats_per_thread;
+};
+
+inline int64_t dense_floats_per_thread(const Problem& problem) {
+    const int64_t group = problem.group_size(), padded = padded_dims(problem.head_dim);
+    const int64_t floats = group_floats(group, padded) + stream_floats(group, padded) + dense_floats(group, padded);
+    return (floats + 2 * kLanes) / kLanes * kLanes;
+}
+
+inline void write_stream(const Problem& problem, const Stream& stream, int64_t row, int64_t head, char* out,
+                         float* lse) {
+    const int64_t group = problem.group_size(), padded = padded_dims(problem.head_dim);
+    const int64_t bytes = problem.q_dtype == DType::float32 ? 4 : 2;
+    for (int64_t g = 0; g < group; ++g) {
+        const int64_t index = row * problem.num_q_heads + head * group + g;
+        const float total = stream.total[g], inverse = total == 0 ? 0.0f : 1 / total;
+        for (int64_t d = 0; d < problem.head_dim; ++d)
+            store_scalar(problem.q_dtype, out + (index * problem.head_dim + d) * bytes,
+                         stream.out[g * padded + d] * inverse);
+        lse[index] = total == 0 ? -kInfinity : stream.peak[g] + std::log(total);
+    }
+}
+
+inline void dense_member(void* argument, int rank, Team& team) {
+    const auto& context = *static_cast<DenseContext*>(argument);
+    const Problem& problem = *context.problem;
+    const int64_t group_size = problem.group_size(), padded = padded_dims(problem.head_dim);
+    auto memory_of = [&](int member) { return context.memory + member * context.floats_per_thread; };
+    auto stream_of = [&](int member) { return memory_of(member) + group_floats(group_size, padded); };
+    float* work = stream_of(rank) + stream_floats(group_size, padded);
+    for_units(problem.batch * problem.num_kv_heads, rank, team.size(), [&](int64_t unit, bool shared) {
+        const int64_t row = unit / problem.num_kv_heads, head = unit % problem.num_kv_heads;
+        const Group group = read_group(problem, row, head, memory_of(rank));
+        const Rows keys{&problem.keys, row, head, problem.kv_start[row], problem.head_dim, padded};
+        const Rows values{&problem.values, row, head, problem.kv_start[row], problem.head_dim, padded};
+        const int64_t n = problem.row_len(row);
+        const Part part = shared ? part_of(n, kDenseTile, rank, team.size()) : Part{0, n};
+        Stream stream = make_stream(stream_of(rank), group_size, padded);
+        stream_tokens(stream, group, keys, values, part.begin, part.end, problem.softmax_scale, work);
+        if (shared) team.barrier();
+        if (shared && rank == 0)
+            for (int other = 1; other < team.size(); ++other) {
+                float* at = stream_of(other);
+                merge_streams(stream, Stream{at, at + group_size * padded, at + group_size * (padded + 1)}, group_size,
+                              padded);
+            }
+        if (!shared || rank == 0) write_stream(problem, stream, row, head, context.out, context.lse);
+        if (shared) team.barrier();
+    });
+}
+
+inline void attend_dense(const Problem& problem, char* out, float* lse, int num_threads) {
+    const int64_t floats = dense_floats_per_thread(problem);
+    DenseContext context{&problem, out, lse, reinterpret_cast<float*>(scratch(4 * floats * num_threads)), floats};
+    parallel(num_threads, dense_member, &context);
+}
+
+}  // namespace louver::LOUVER_ISA

@@ -1,0 +1,138 @@
+// From every thread's sums to the result of a unit: output, certificate, arithmetic bound, counts. The formulas are
+// those of kernels/reference/certificate.py; docs/guarantee.md has the proofs, section "CPU backend" what differs.
+#pragma once
+
+#include "kernels/unit.h"
+
+namespace louver::LOUVER_ISA {
+
+// Fold the list's exact keys into this thread's sums and output. keep(g, i) says whether head g attends entry i;
+// weights [group, kValueTile] is scratch.
+template <class Keep>
+inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep keep) {
+    const float scale = unit.problem->softmax_scale;
+    const int64_t group = unit.group.size;
+    for (int64_t from = 0; from < unit.my_count(); from += kValueTile) {
+        const int64_t at = unit.list_begin + from;
+        const int64_t n = unit.my_count() - from < kValueTile ? unit.my_count() - from : kValueTile;
+        for (int64_t g = 0; g < group; ++g)
+            for (int64_t i = 0; i < kValueTile; i += kLanes) {
+                i32x16 kept = {};
+                for (int lane = 0; lane < kLanes && i + lane < n; ++lane) kept[lane] = keep(g, at + i + lane) ? -1 : 0;
+                const f32x16 logit = (load<f32x16>(unit.scores + g * unit.stride + at + i) - unit.top[g]) * scale;
+                f32x16 w = select(logit < kLowestExponent, splat(0), exp(logit));
+                store(weights + g * kValueTile + i, select(kept, w, splat(0)));
+            }
+        add_tokens(unit.values, unit.tokens + at, n, weights, kValueTile, group, unit.my_out(), value_norms,
+                   unit.buffer);
+        for (int64_t g = 0; g < group; ++g) {
+            Sums& sums = unit.sum_of(g);
+            for (int64_t i = 0; i < n; ++i) {
+                const float w = weights[g * kValueTile + i], off = scale * unit.slack(g, at + i);
+                if (w == 0 && !keep(g, at + i)) continue;
+                const float logit = std::fabs(scale * (unit.scores[g * unit.stride + at + i] - unit.top[g]));
+                // e^off - 1 <= off + off^2 for off <= 1; beyond, the bound means nothing anyway.
+                const float d = off + logit_slack(logit + off);
+                const float growth = d < 1 ? d + d * d : kInfinity;
+                const double surplus = static_cast<double>(w) * (growth + 8 * kUnit) + 1e-37;
+                sums.total += static_cast<double>(w);
+                sums.floors += static_cast<double>(d < 1 ? w * (1 - d) : 0.0f);
+                sums.rounding += surplus;
+                sums.rounding_value += surplus * static_cast<double>(value_norms[i]);
+                sums.size += static_cast<double>(w) * static_cast<double>(value_norms[i]);
+            }
+        }
+    }
+}
+
+LOUVER_INLINE void add(Sums& into, const Sums& other) {
+    into.total += other.total, into.floors += other.floors;
+    into.rounding += other.rounding, into.rounding_value += other.rounding_value;
+    into.surplus += other.surplus, into.surplus_spread += other.surplus_spread;
+    into.value_miss += other.value_miss, into.size += other.size;
+    into.unread += other.unread, into.left_out += other.left_out;
+}
+
+// Zero what this thread contributes.
+inline void clear_sums(Unit& unit) {
+    for (int64_t g = 0; g < unit.group.size; ++g) unit.sum_of(g) = Sums{};
+    std::memset(unit.my_out(), 0, static_cast<size_t>(4 * unit.group.size * unit.group.padded));
+    for (int i = 0; i < kNumCounts; ++i) unit.counts[unit.rank * kNumCounts + i] = 0;
+}
+
+// What dropping keys moved the output by, and the share of the mass it can be.
+inline void finish_dropped(const Unit& unit, const Sums& sums, float away, bool any, float* dropped,
+                           float* certificate) {
+    if (!any) return;
+    double share = sums.left_out / (sums.floors + sums.left_out);
+    if (!(sums.left_out > 0)) share = 0;
+    if (sums.floors == 0 || !(share <= 1)) share = 1;
+    float furthest = 0;
+    for (int64_t b = 0; b < unit.num_blocks; ++b) {
+        const float spread = unit.sketch->value_spread[unit.sketch->block(unit.row, unit.head, b)];
+        furthest = spread > furthest ? spread : furthest;
+    }
+    const float bound = static_cast<float>(share) * (1 + 3e-5f);
+    *dropped = bound < 1 ? bound : 1.0f;
+    *certificate = bound > 0 ? bound * (furthest + away) : 0.0f;
+}
+
+// Called by one thread when all have contributed.
+inline void finish_unit(Unit& unit, bool any_dropped) {
+    // The longest chain of float32 additions into an output channel: within a tile, over tiles, over blocks.
+    const float chain = static_cast<float>(kValueTile + unit.length / kValueTile + unit.num_blocks);
+    const Problem& problem = *unit.problem;
+    const int64_t group = unit.group.size, padded = unit.group.padded, dims = problem.head_dim;
+    const int64_t item = problem.q_dtype == DType::float32 ? 4 : 2;
+    const float* mean = unit.sketch->value_mean + (unit.row * unit.sketch->heads + unit.head) * unit.sketch->dims;
+    const StepOutput& to = *unit.output;
+    for (int64_t g = 0; g < group; ++g) {
+        Sums sums = {};
+        for (int member = 0; member < unit.size; ++member) add(sums, unit.sums[member * group + g]);
+        const bool empty = !(sums.total != 0);  // NaN counts as something
+        const double total = empty ? 1.0 : sums.total;
+        const int64_t index = unit.row * problem.num_q_heads + unit.head * group + g;
+        float squares = 0, away_squares = 0, lost_squares = 0;
+        for (int64_t d = 0; d < dims; ++d) {
+            double x = sums.unread * static_cast<double>(mean[d]);
+            for (int member = 0; member < unit.size; ++member)
+                x += static_cast<double>(unit.out[(member * group + g) * padded + d]);
+            const float y = static_cast<float>(x / total);
+            squares += y * y, away_squares += (mean[d] - y) * (mean[d] - y);
+            char* at = to.out + (index * dims + d) * item;
+            store_scalar(problem.q_dtype, at, y);
+            const float lost = load_scalar(problem.q_dtype, at) - y;
+            lost_squares += lost * lost;
+        }
+        const float out_norm = std::sqrt(squares) * kNormInflation + kTinyNorm;
+        const float accumulation =
+            gamma(chain + 16) * (static_cast<float>(sums.size / total) * (1 + 1e-5f) + 2 * out_norm);
+        const float away = std::sqrt(away_squares) * kNormInflation + accumulation + kTinyNorm;
+        const double floors = sums.floors > 0 ? sums.floors * (1 - 1e-5) : 0.0;
+        const double over = floors > 0 ? 1 / floors : empty ? 0.0 : static_cast<double>(kInfinity);
+        auto bounded = [](double x) { return x == x ? static_cast<float>(x * (1 + 1e-5)) : kInfinity; };
+        float certificate = 0, dropped = 0;
+        const double missed = sums.surplus_spread + sums.surplus * static_cast<double>(away) + sums.value_miss;
+        if (missed != 0) certificate = bounded(missed * over);
+        const double rounding = sums.rounding_value + sums.rounding * static_cast<double>(out_norm + accumulation);
+        // The output is rounded to float32 once, then to its dtype; the second is known.
+        float arithmetic = (rounding != 0 ? bounded(rounding * over) : 0.0f) + accumulation + kUnit * out_norm;
+        finish_dropped(unit, sums, away + arithmetic, any_dropped, &dropped, &certificate);
+        arithmetic += std::sqrt(lost_squares) * kNormInflation + kTinyNorm;
+        if (!(arithmetic == arithmetic)) arithmetic = kInfinity;
+        if (!(certificate == certificate)) certificate = kInfinity;
+        to.lse[index] = empty ? -kInfinity : problem.softmax_scale * unit.top[g] + static_cast<float>(std::log(total));
+        to.certificate[index] = certificate;
+        to.arithmetic[index] = arithmetic;
+        to.dropped[index] = dropped;
+        to.tau[index] = unit.tau[g];
+    }
+    int64_t* counts = to.counts + (unit.row * problem.num_kv_heads + unit.head) * kNumCounts;
+    for (int i = 0; i < kNumCounts; ++i) {
+        counts[i] = 0;
+        for (int member = 0; member < unit.size; ++member) counts[i] += unit.counts[member * kNumCounts + i];
+    }
+    counts[kKeys] = unit.length, counts[kBlocks] = unit.num_blocks, counts[kOpen] = unit.length - unit.closed;
+}
+
+}  // namespace louver::LOUVER_ISA

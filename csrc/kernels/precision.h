@@ -1,0 +1,198 @@
+// A precision step: nothing is dropped. Keys above the cut are exact, the others keep their estimated weight with a
+// sketched value, and those that provably share little mass with the head's mean value.
+#pragma once
+
+#include "kernels/coarse.h"
+#include "kernels/collect.h"
+#include "kernels/finish.h"
+
+namespace louver::LOUVER_ISA {
+
+// From bounds to weights, in place: unit.estimate becomes the weight, unit.upper the ceiling of each sketched key, zero
+// for exact keys. Adds up floors and what the weights can be off by.
+inline void weigh_unit(Unit& unit) {
+    const SketchView& sketch = *unit.sketch;
+    const int64_t group = unit.group.size;
+    const float scale = unit.problem->softmax_scale;
+    for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) {
+        const int64_t base = b * sketch.frame_len;
+        const double spread = static_cast<double>(sketch.value_spread[sketch.block(unit.row, unit.head, b)]);
+        for (int64_t g = 0; g < 2 * group; ++g) unit.lanes[g] = splat(0);
+        for (int64_t token = 0; token < sketch.frame_len; token += kLanes) {
+            const int64_t at = base + token, count = sketch.frame_len - token;
+            const i32x16 inside = first_lanes(count);
+            i32x16 exact = {};
+            for (int64_t g = 0; g < group; ++g) {
+                const f32x16 upper = load<f32x16>(unit.upper + g * unit.stride + at);
+                exact |= upper >= unit.cut[g];  // decided keys too: theirs is +infinity
+            }
+            const i32x16 sketched = inside & ~exact;
+            for (int64_t g = 0; g < group; ++g) {
+                float* uppers = unit.upper + g * unit.stride + at;
+                float* estimates = unit.estimate + g * unit.stride + at;
+                const f32x16 upper = load<f32x16>(uppers), estimate = load<f32x16>(estimates);
+                const float top = unit.top[g], slack = unit.logit_slack[g];
+                const f32x16 logit = (estimate - top) * scale, above = (upper - top) * scale + slack;
+                const f32x16 below = (estimate - (upper - estimate) - top) * scale - slack;
+                const f32x16 weight = select(sketched & (logit >= kLowestExponent), exp(logit), splat(0));
+                const f32x16 ceiling = select(sketched, exp(above), splat(0));
+                const f32x16 floor = select(sketched & (below >= kLowestExponent), exp(below), splat(0));
+                unit.lanes[2 * g] += max(ceiling - weight, weight - floor);  // how far the true weight can be
+                unit.lanes[2 * g + 1] += floor;
+                const size_t bytes = static_cast<size_t>(4 * (count < kLanes ? count : kLanes));
+                std::memcpy(uppers, &ceiling, bytes);
+                std::memcpy(estimates, &weight, bytes);
+            }
+        }
+        for (int64_t g = 0; g < group; ++g) {
+            const double surplus = static_cast<double>(sum(unit.lanes[2 * g])) * (1 + 1e-5);
+            Sums& sums = unit.sum_of(g);
+            sums.surplus += surplus;
+            if (surplus > 0) sums.surplus_spread += surplus * spread;
+            sums.floors += static_cast<double>(sum(unit.lanes[2 * g + 1])) * (1 - 1e-5);
+        }
+    }
+}
+
+struct CoarseScratch {
+    const uint8_t** rows;  // [frame_len]
+    int32_t* live;         // [frame_len]
+    uint8_t* rounded;      // [group, frame_len]
+    int32_t* total;        // [group, dims]
+};
+
+// The values of one block: those of live keys from their codes, the rest as the mean value.
+inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScratch& scratch) {
+    const SketchView& sketch = *unit.sketch;
+    const int64_t group = unit.group.size, frame_len = sketch.frame_len, dims = sketch.dims, half = dims / 2;
+    const int64_t base = b * frame_len, index = sketch.block(unit.row, unit.head, b);
+    const uint8_t* codes = sketch.value_codes + index * frame_len * half;
+    int64_t count = 0;
+    for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(0);
+    for (int64_t token = 0; token < frame_len; token += kLanes) {
+        const i32x16 inside = first_lanes(frame_len - token);
+        i32x16 live = {};
+        for (int64_t g = 0; g < group; ++g)
+            live |= load<f32x16>(unit.upper + g * unit.stride + base + token) >= live_above[g];
+        for (int64_t g = 0; g < group; ++g)
+            unit.lanes[g] +=
+                select(inside & ~live, load<f32x16>(unit.estimate + g * unit.stride + base + token), splat(0));
+        uint32_t todo = bits(live & inside);
+        for (; todo != 0; todo &= todo - 1) scratch.live[count++] = static_cast<int32_t>(token + __builtin_ctz(todo));
+    }
+    for (int64_t i = 0; i < count; ++i) scratch.rows[i] = codes + scratch.live[i] * half;
+    const double spread = static_cast<double>(sketch.value_spread[index]),
+                 error = static_cast<double>(sketch.value_error[index]);
+    float extent = 0;
+    if (count > 0) {
+        unit.counts[unit.rank * kNumCounts + kCoarse] += count;
+        unit.counts[unit.rank * kNumCounts + kValueBlocks] += 1;
+        std::memset(scratch.total, 0, static_cast<size_t>(4 * group * dims));
+        for (int64_t d = 0; d < dims; ++d) {
+            const float reach = std::fabs(unit.value_center[d] = half_at(sketch.value_center + index * dims, d)) +
+                                8 * (unit.value_scale[d] = scale_of(sketch.value_scale[index * dims + d]));
+            extent += reach * reach;
+        }
+        extent = std::sqrt(extent) * kNormInflation;
+    }
+    for (int64_t g = 0; g < group; ++g) {
+        const float* weights = unit.estimate + g * unit.stride + base;
+        Sums& sums = unit.sum_of(g);
+        float top = 0;
+        for (int64_t i = 0; i < count; ++i) top = std::fmax(top, weights[scratch.live[i]]);
+        const float unread = sum(unit.lanes[g]);
+        sums.unread += static_cast<double>(unread);
+        sums.total += static_cast<double>(unread);
+        if (unread > 0) sums.value_miss += static_cast<double>(unread) * spread;
+        sums.size += static_cast<double>(unread) * static_cast<double>(unit.mean_norm);
+        const float step = top / 255, inverse = top > 1e-30f ? 255 / top : 0.0f;
+        int64_t whole = 0;
+        float missed = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const float w = weights[scratch.live[i]];
+            const auto r = static_cast<int32_t>(w * inverse + 0.5f);
+            scratch.rounded[g * frame_len + i] = static_cast<uint8_t>(r > 255 ? 255 : r);
+            whole += scratch.rounded[g * frame_len + i];
+            missed += std::fabs(w - step * static_cast<float>(scratch.rounded[g * frame_len + i]));
+        }
+        unit.step_of[g] = step;
+        unit.whole_of[g] = static_cast<double>(step) * static_cast<double>(whole);
+        // The weights used are the rounded ones: what rounding moved is part of what they can be off by.
+        const double moved = static_cast<double>(missed * (1 + 1e-5f) + unread * 1e-6f);
+        sums.surplus += moved;
+        if (moved > 0) sums.surplus_spread += moved * spread;
+        sums.total += unit.whole_of[g];
+        if (unit.whole_of[g] > 0) sums.value_miss += unit.whole_of[g] * error;
+        sums.size += unit.whole_of[g] * static_cast<double>(extent);
+    }
+    if (count == 0) return;
+    add_codes(scratch.rows, count, half, scratch.rounded, frame_len, group, scratch.total);
+    for (int64_t g = 0; g < group; ++g) {
+        const float step = unit.step_of[g], whole = static_cast<float>(unit.whole_of[g]);
+        float* out = unit.my_out() + g * unit.group.padded;
+        for (int64_t d = 0; d < unit.problem->head_dim; ++d)
+            out[d] += unit.value_scale[d] * (step * static_cast<float>(scratch.total[g * dims + d]) - 8 * whole) +
+                      unit.value_center[d] * whole;
+    }
+}
+
+inline void precision_unit(Unit& unit, float* weights, float* value_norms, CoarseScratch& scratch) {
+    const Rule& rule = *unit.rule;
+    const int64_t group = unit.group.size;
+    const float scale = unit.problem->softmax_scale;
+    clear_sums(unit);
+    scan_unit<true>(unit);
+    unit.wait();
+    const int64_t need = keys_needed(rule, unit.length);
+    int64_t decided = 0;
+    unit.lists([&](int64_t, int64_t n) { decided += n; });
+    decided -= unit.length - unit.closed;
+    unit.my_heads(
+        [&](int64_t g) { unit.cut[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, need + decided); });
+    unit.wait();
+    collect<AlsoFind::top_estimate>(unit, unit.cut, nullptr);
+    unit.wait();
+    if (rule.keep_best) {
+        // The key with the best score has an upper bound no floor exceeds: with some scored, the cut can follow the
+        // best floor.
+        unit.my_heads([&](int64_t g) {
+            const float best = over_members(unit, g, &Extremes::lower);
+            unit.before[g] = unit.cut[g];
+            if (best < unit.cut[g]) unit.cut[g] = best;
+        });
+        unit.wait();
+        collect<AlsoFind::top_estimate>(unit, unit.cut, unit.before);
+        unit.wait();
+    }
+    unit.my_heads([&](int64_t g) {
+        const float peak = over_members(unit, g, &Extremes::peak), upper = over_members(unit, g, &Extremes::top);
+        const float top = peak > upper ? peak : upper, extent = over_members(unit, g, &Extremes::extent);
+        unit.top[g] = top > -kInfinity ? top : 0.0f;
+        // Beyond -87 and 88 nats of the top, weights and floors are zero and ceilings a constant or infinity.
+        unit.logit_slack[g] = 2 * logit_slack(4 * scale * extent + 90);
+        unit.tau[g] = unit.cut[g];
+    });
+    unit.wait();
+    weigh_unit(unit);
+    int64_t* counts = unit.counts + unit.rank * kNumCounts;
+    auto keep = [](int64_t, int64_t) { return true; };
+    for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
+        if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += 1;
+        for (int64_t g = 0; g < group && unit.output->exact_mask != nullptr; ++g) unit.mark_exact(g, unit.tokens[i]);
+    }
+    attend_list(unit, weights, value_norms, keep);
+    unit.wait();
+    unit.my_heads([&](int64_t g) {
+        double floors = 0;
+        for (int m = 0; m < unit.size; ++m) floors += unit.sums[m * group + g].floors;
+        unit.live_above[g] =
+            unread_below(unit.upper + g * unit.stride, unit.closed, rule.unread_mass * floors * (1 - 1e-4));
+    });
+    unit.wait();
+    for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) add_block(unit, b, unit.live_above, scratch);
+    unit.wait();
+    if (unit.rank == 0) finish_unit(unit, false);
+    unit.wait();
+}
+
+}  // namespace louver::LOUVER_ISA

@@ -1,0 +1,52 @@
+// A KV head's group of queries in float32, and what the kernels need of each besides.
+#pragma once
+
+#include "kernels/rounding.h"
+
+namespace louver::LOUVER_ISA {
+
+struct Group {
+    int64_t size = 0, padded = 0;  // heads, and channels padded to whole vectors
+    const float* q = nullptr;      // [size, padded]
+    const float* norm = nullptr;   // [size], at least |q|
+};
+
+inline int64_t padded_dims(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
+
+inline int64_t group_floats(int64_t size, int64_t padded) { return size * padded + padded_dims(size); }
+
+// The norm whose squares overflowed: once more, scaled down.
+inline float huge_norm_above(const float* x, int64_t padded) {
+    float total = 0;
+    for (int64_t d = 0; d < padded; ++d) total += (x[d] * 0x1p-80f) * (x[d] * 0x1p-80f);
+    return std::sqrt(total) * kNormInflation * 0x1p80f;
+}
+
+// At least the Euclidean norm of x[padded].
+LOUVER_INLINE float norm_above(const float* x, int64_t padded) {
+    f32x16 total = {};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+        const f32x16 v = load<f32x16>(x + d);
+        total += v * v;
+    }
+    const float norm = std::sqrt(sum(total)) * kNormInflation + kTinyNorm;
+    return norm < kInfinity ? norm : huge_norm_above(x, padded);
+}
+
+// Read the queries of KV head `head` of row `row` into memory, which holds group_floats.
+inline Group read_group(const Problem& problem, int64_t row, int64_t head, float* memory) {
+    const int64_t size = problem.group_size(), dims = problem.head_dim, padded = padded_dims(dims);
+    CacheView view;
+    view.data = problem.q;
+    view.dtype = problem.q_dtype;
+    view.item_bytes = problem.q_dtype == DType::float32 ? 4 : 2;
+    float* norms = memory + size * padded;
+    for (int64_t g = 0; g < size; ++g) {
+        const int64_t index = (row * problem.num_q_heads + head * size + g) * dims;
+        load_row(view, view.data + index * view.item_bytes, dims, padded, memory + g * padded);
+        norms[g] = norm_above(memory + g * padded, padded);
+    }
+    return Group{size, padded, memory, norms};
+}
+
+}  // namespace louver::LOUVER_ISA

@@ -1,0 +1,113 @@
+// A retrieval step: every key that reaches the threshold, exactly, and a bound on the mass of the rest.
+#pragma once
+
+#include "kernels/collect.h"
+#include "kernels/finish.h"
+
+namespace louver::LOUVER_ISA {
+
+// The rank-th largest floor (score less rounding) among the keys scored: no member of the true top can be below it.
+inline float nth_floor(const Unit& unit, int64_t g, int64_t rank) {
+    const float* scores = unit.scores + g * unit.stride;
+    auto count = [&](float t) {
+        int64_t reached = 0;
+        unit.lists([&](int64_t begin, int64_t n) {
+            const float each = score_error(unit.group.padded) * unit.group.norm[g];
+            i32x16 total = {};
+            for (int64_t i = 0; i < n; i += kLanes) {
+                const f32x16 floor =
+                    load<f32x16>(scores + begin + i) - (each * load<f32x16>(unit.norms + begin + i) + kAbsolute);
+                total -= (floor >= t) & first_lanes(n - i);
+            }
+            for (int lane = 0; lane < kLanes; ++lane) reached += total[lane];
+        });
+        return reached;
+    };
+    int64_t scored = 0;
+    unit.lists([&](int64_t, int64_t n) { scored += n; });
+    if (rank > scored) return -kInfinity;
+    return bisect(order_of(-kInfinity), order_of(kInfinity), [&](float t) { return count(t) >= rank; });
+}
+
+inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
+    const Rule& rule = *unit.rule;
+    const int64_t group = unit.group.size;
+    const float scale = unit.problem->softmax_scale;
+    clear_sums(unit);
+    scan_unit<false>(unit);
+    unit.wait();
+    const int64_t rank = keys_needed(rule, unit.length);
+    float* fine = unit.cut;
+    float* tau = unit.tau;
+    if (!rule.has_tau) {
+        unit.my_heads([&](int64_t g) {
+            // Decided keys are +infinity among the upper bounds and scored already.
+            fine[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, rank);
+        });
+        unit.wait();
+        collect<AlsoFind::nothing>(unit, fine, nullptr);
+        unit.wait();
+        unit.my_heads([&](int64_t g) { tau[g] = nth_floor(unit, g, rank); });
+    } else {
+        unit.my_heads([&](int64_t g) {
+            tau[g] = rule.tau;
+            const float best = over_members(unit, g, &Extremes::lower);
+            if (rule.keep_best && best < tau[g]) tau[g] = best;
+        });
+    }
+    unit.my_heads([&](int64_t g) {
+        const float upper = over_members(unit, g, &Extremes::top), top = tau[g] < upper ? tau[g] : upper;
+        unit.top[g] = top > -kInfinity && top < kInfinity ? top : 0.0f;
+    });
+    unit.wait();
+    collect<AlsoFind::left_out>(unit, tau, rule.has_tau ? nullptr : fine);
+    unit.wait();
+    float* final_tau = unit.cut;  // fine is done with
+    unit.my_heads([&](int64_t g) {
+        final_tau[g] = rule.has_tau ? tau[g] : std::fmax(tau[g], nth_floor(unit, g, rank));
+        // Ceilings were summed in units of e^(scale tau); the output wants the best score.
+        const float peak = over_members(unit, g, &Extremes::peak), before = unit.top[g];
+        unit.top[g] = peak > -kInfinity ? peak : 0.0f;
+        unit.rescale[g] = static_cast<double>(scale) * (static_cast<double>(before) - static_cast<double>(unit.top[g]));
+    });
+    unit.wait();
+    int64_t* counts = unit.counts + unit.rank * kNumCounts;
+    auto upper_of = [&](int64_t g, int64_t entry) {
+        const int64_t token = unit.tokens[entry];
+        return token < unit.closed ? unit.upper[g * unit.stride + token] : kInfinity;
+    };
+    auto keep = [&](int64_t g, int64_t entry) {
+        const float upper = upper_of(g, entry);
+        if (upper == kInfinity) return true;
+        const float score = unit.scores[g * unit.stride + entry];
+        return upper >= tau[g] && !(score + unit.slack(g, entry) < final_tau[g]);
+    };
+    for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
+        bool kept = false;
+        for (int64_t g = 0; g < group; ++g) {
+            const bool mine = keep(g, i);
+            kept |= mine;
+            if (mine && unit.output->exact_mask != nullptr) unit.mark_exact(g, unit.tokens[i]);
+            const float upper = upper_of(g, i);
+            if (!mine && upper >= tau[g]) {
+                const float ceiling = std::fmin(upper, unit.scores[g * unit.stride + i] + unit.slack(g, i));
+                unit.sum_of(g).left_out += static_cast<double>(exp_above(splat((ceiling - unit.top[g]) * scale))[0]);
+            }
+        }
+        if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += kept;
+    }
+    for (int64_t g = 0; g < group; ++g)
+        if (unit.mass[g] > 0) unit.sum_of(g).left_out += unit.mass[g] * std::exp(unit.rescale[g] + 1e-4) + 1e-300;
+    attend_list(unit, weights, value_norms, keep);
+    unit.wait();
+    if (unit.rank == 0) {
+        for (int64_t g = 0; g < group; ++g) tau[g] = final_tau[g];
+        bool any = false;
+        for (int m = 0; m < unit.size; ++m)
+            for (int64_t g = 0; g < group; ++g) any |= unit.sums[m * group + g].left_out > 0;
+        finish_unit(unit, any);
+    }
+    unit.wait();
+}
+
+}  // namespace louver::LOUVER_ISA

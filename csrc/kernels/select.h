@@ -1,0 +1,101 @@
+// Thresholds by counting: how many values reach t, for a few t, instead of a sort or a scattered histogram. One count
+// of 40,000 values is 2,500 vector comparisons, about a microsecond.
+#pragma once
+
+#include "kernels/simd.h"
+
+namespace louver::LOUVER_ISA {
+
+// Floats as integers of the same order (NaN apart).
+LOUVER_INLINE int32_t order_of(float x) {
+    const int32_t i = load<int32_t>(&x);
+    return i < 0 ? static_cast<int32_t>(0x80000000u) - i : i;
+}
+LOUVER_INLINE float float_at(int32_t order) {
+    const int32_t i = order < 0 ? static_cast<int32_t>(0x80000000u - static_cast<uint32_t>(order)) : order;
+    return load<float>(&i);
+}
+
+// Values x[0 .. n), readable up to whole vectors; step > 1 looks at every step-th vector only.
+LOUVER_INLINE int64_t count_at_least(const float* x, int64_t n, float t, int64_t step = 1) {
+    i32x16 total = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += step * kLanes) total -= load<f32x16>(x + i) >= t;
+    if (i < n) total -= (load<f32x16>(x + i) >= t) & first_lanes(n - i);
+    int64_t out = 0;
+    for (int lane = 0; lane < kLanes; ++lane) out += total[lane];
+    return out;
+}
+
+// The sum of the values below t.
+LOUVER_INLINE double sum_below(const float* x, int64_t n, float t, int64_t step = 1) {
+    f32x16 total = {};
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += step * kLanes) {
+        const f32x16 v = load<f32x16>(x + i);
+        total += select(v < t, v, splat(0));
+    }
+    if (i < n) {
+        const f32x16 v = load<f32x16>(x + i);
+        total += select((v < t) & first_lanes(n - i), v, splat(0));
+    }
+    double out = 0;
+    for (int lane = 0; lane < kLanes; ++lane) out += static_cast<double>(total[lane]);
+    return out;
+}
+
+// The largest t for which reaches(t) holds, given that it holds for low and not above high; both in order_of's
+// integers.
+template <class Reaches>
+LOUVER_INLINE float bisect(int32_t low, int32_t high, Reaches reaches) {
+    while (low < high) {
+        const int32_t middle = static_cast<int32_t>((static_cast<int64_t>(low) + high + 1) >> 1);
+        if (reaches(float_at(middle))) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return float_at(low);
+}
+
+constexpr int64_t kSampleVectors = 96;
+
+// Some t with at least need values at or above it, and not many more; -infinity where there are fewer.
+inline float threshold_for(const float* x, int64_t n, int64_t need) {
+    if (need > n) return -__builtin_inff();
+    const int32_t low = order_of(-__builtin_inff()), high = order_of(__builtin_inff());
+    const int64_t step = n / (kSampleVectors * kLanes) > 1 ? n / (kSampleVectors * kLanes) : 1;
+    const auto exactly = [&](float t) { return count_at_least(x, n, t) >= need; };
+    if (step == 1) return bisect(low, high, exactly);
+    int32_t least = low, most = high;  // counts at least need at `least`, fewer above `most`
+    double target = 1.02 * static_cast<double>(need) / static_cast<double>(step);
+    for (int tries = 0; tries < 6; ++tries) {
+        const float t =
+            bisect(low, high, [&](float at) { return static_cast<double>(count_at_least(x, n, at, step)) >= target; });
+        const int64_t count = count_at_least(x, n, t);
+        if (count >= need) {
+            if (order_of(t) > least) least = order_of(t);
+            if (count <= need + need / 16 + 8) return t;
+            target *= 1.02 * static_cast<double>(need) / static_cast<double>(count);
+        } else {
+            if (order_of(t) - 1 < most) most = order_of(t) - 1;
+            target *= 1.03 * static_cast<double>(need) / static_cast<double>(count > 0 ? count : 1);
+        }
+    }
+    return least > low ? float_at(least) : bisect(low, most, exactly);
+}
+
+// A threshold below which the values (not negative) sum to at most `allowed`, near the largest such; never 0 or less.
+inline float unread_below(const float* x, int64_t n, double allowed) {
+    const int32_t low = order_of(0x1p-126f), high = order_of(__builtin_inff());
+    const int64_t step = n / (kSampleVectors * kLanes) > 1 ? n / (kSampleVectors * kLanes) : 1;
+    double target = 0.98 * allowed / static_cast<double>(step);
+    for (int tries = 0; tries < 8; ++tries, target *= 0.8) {
+        const float t = bisect(low, high, [&](float at) { return sum_below(x, n, at, step) <= target; });
+        if (sum_below(x, n, t) * (1 + 1e-4) <= allowed) return t;
+    }
+    return 0x1p-126f;
+}
+
+}  // namespace louver::LOUVER_ISA

@@ -1,0 +1,183 @@
+// Sixteen lanes at a time, in the compiler's vector extension: one source for every instruction set, aarch64 included.
+// What the extension cannot say has an intrinsic where there is one. Included once per instruction set, inside its own
+// namespace.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "views.h"
+
+namespace louver::LOUVER_ISA {
+
+constexpr int kLanes = 16;
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+
+#define LOUVER_INLINE inline __attribute__((always_inline))
+
+template <class Vector>
+LOUVER_INLINE Vector load(const void* p) {
+    Vector x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+template <class Vector>
+LOUVER_INLINE void store(void* p, Vector x) {
+    std::memcpy(p, &x, sizeof(x));
+}
+LOUVER_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+LOUVER_INLINE i32x16 as_int(f32x16 x) { return (i32x16)x; }
+LOUVER_INLINE f32x16 as_float(i32x16 x) { return (f32x16)x; }
+LOUVER_INLINE f32x16 to_float(i32x16 x) { return __builtin_convertvector(x, f32x16); }
+LOUVER_INLINE f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) { return mask ? yes : no; }
+LOUVER_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+LOUVER_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+LOUVER_INLINE f32x16 abs(f32x16 x) { return as_float(as_int(x) & 0x7fffffff); }
+
+// Lanes i < n are true.
+LOUVER_INLINE i32x16 first_lanes(int64_t n) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lane < static_cast<int32_t>(n < 0 ? 0 : n > kLanes ? kLanes : n);
+}
+
+// One bit per true lane.
+LOUVER_INLINE uint32_t bits(i32x16 mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask);
+#else
+    uint32_t out = 0;
+    for (int i = 0; i < kLanes; ++i) out |= static_cast<uint32_t>(mask[i] & 1) << i;
+    return out;
+#endif
+}
+
+LOUVER_INLINE float sum(f32x16 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) x[i] += x[i + width];
+    return x[0];
+#endif
+}
+LOUVER_INLINE float largest(f32x16 x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float out = x[0];
+    for (int i = 1; i < kLanes; ++i) out = x[i] > out ? x[i] : out;
+    return out;
+#endif
+}
+
+// The nearest whole number, ties to even, for |x| < 2^22.
+LOUVER_INLINE i32x16 round_to_int(f32x16 x) {
+#if defined(__AVX512F__)
+    __m512i y = _mm512_cvtps_epi32((__m512)x);
+    return (i32x16)y;
+#else
+    const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23
+    return as_int(x + magic) - as_int(magic);
+#endif
+}
+
+LOUVER_INLINE f32x16 from_half(u16x16 x) {
+#if defined(__AVX512F__)
+    __m512 y = _mm512_cvtph_ps((__m256i)x);
+    return (f32x16)y;
+#else
+    const u32x16 wide = __builtin_convertvector(x, u32x16);
+    const u32x16 sign = (wide & 0x8000u) << 16;
+    const u32x16 magnitude = (wide & 0x7fffu) << 13;
+    // Rebias by a multiplication, which also makes subnormals right; infinity and NaN keep their exponent of all ones.
+    const f32x16 scaled = as_float((i32x16)magnitude) * 0x1p112f;
+    const u32x16 special = (u32x16)((wide & 0x7c00u) == 0x7c00u);
+    const u32x16 out = ((u32x16)as_int(scaled) & ~special) | ((magnitude | 0x7f800000u) & special);
+    return as_float((i32x16)(out | sign));
+#endif
+}
+
+struct Float32 {
+    static constexpr int bytes = 4;
+    static LOUVER_INLINE f32x16 load16(const char* p) { return load<f32x16>(p); }
+};
+struct Float16 {
+    static constexpr int bytes = 2;
+    static LOUVER_INLINE f32x16 load16(const char* p) { return from_half(load<u16x16>(p)); }
+};
+struct BFloat16 {
+    static constexpr int bytes = 2;
+    static LOUVER_INLINE f32x16 load16(const char* p) {
+        return as_float((i32x16)(__builtin_convertvector(load<u16x16>(p), u32x16) << 16));
+    }
+};
+
+// Call body(type) with the C++ type of a dtype.
+template <class Body>
+LOUVER_INLINE void with_dtype(DType dtype, Body body) {
+    switch (dtype) {
+        case DType::float32: body(Float32{}); break;
+        case DType::float16: body(Float16{}); break;
+        case DType::bfloat16: body(BFloat16{}); break;
+    }
+}
+
+inline float load_scalar(DType dtype, const char* p) {
+    if (dtype == DType::float32) return load<float>(p);
+    u16x16 x = {};
+    x[0] = load<uint16_t>(p);
+    if (dtype == DType::float16) return from_half(x)[0];
+    return as_float((i32x16)(__builtin_convertvector(x, u32x16) << 16))[0];
+}
+
+inline float half_at(const uint16_t* p, int64_t index) {
+    return load_scalar(DType::float16, reinterpret_cast<const char*>(p + index));
+}
+
+// Float16, round to nearest even.
+inline uint16_t to_half(float value) {
+#if defined(__F16C__)
+    return static_cast<uint16_t>(_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(value), 0), 0));
+#else
+    const uint32_t x = load<uint32_t>(&value);
+    const uint32_t sign = (x >> 16) & 0x8000u, magnitude = x & 0x7fffffffu;
+    if (magnitude >= 0x7f800000u) return static_cast<uint16_t>(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u) {  // subnormal in float16: let an addition align and round
+        const float aligned = load<float>(&magnitude) + 0.5f;
+        return static_cast<uint16_t>(sign | (load<uint32_t>(&aligned) - 0x3f000000u));
+    }
+    const uint32_t odd = (magnitude >> 13) & 1;
+    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+#endif
+}
+
+inline void store_scalar(DType dtype, char* p, float value) {
+    if (dtype == DType::float32) return store(p, value);
+    if (dtype == DType::float16) return store(p, to_half(value));
+    uint32_t x = load<uint32_t>(&value);
+    if ((x & 0x7fffffffu) > 0x7f800000u) return store(p, static_cast<uint16_t>((x >> 16) | 0x40));  // NaN stays NaN
+    return store(p, static_cast<uint16_t>((x + 0x7fffu + ((x >> 16) & 1)) >> 16));
+}
+
+// A token's channels as float32 in out[padded], zero past head_dim.
+inline void load_row(const CacheView& view, const char* token, int64_t head_dim, int64_t padded, float* out) {
+    int64_t d = 0;
+    if (view.stride_dim == 1) {
+        with_dtype(view.dtype, [&](auto type) {
+            for (; d + kLanes <= head_dim; d += kLanes) store(out + d, type.load16(token + d * type.bytes));
+        });
+    }
+    for (; d < head_dim; ++d) out[d] = load_scalar(view.dtype, token + d * view.stride_dim * view.item_bytes);
+    for (; d < padded; ++d) out[d] = 0;
+}
+
+}  // namespace louver::LOUVER_ISA

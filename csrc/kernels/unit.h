@@ -1,0 +1,178 @@
+// One (row, KV head) of a decode step, as the threads that share it see it: where its bounds are spilled, the list of
+// tokens to be read in full, and what every thread contributes to the result.
+#pragma once
+
+#include "kernels/exact.h"
+#include "kernels/scan.h"
+#include "kernels/schedule.h"
+#include "kernels/select.h"
+
+namespace louver::LOUVER_ISA {
+
+// Sums of one thread for one head, in units of e^(softmax_scale top). Doubles: adding them up costs no accuracy worth a
+// proof.
+struct Sums {
+    double total, floors;             // weights used; the least their keys can weigh
+    double rounding, rounding_value;  // sum of (ceiling - weight) over exact keys, and times |v|
+    double surplus, surplus_spread;   // the same over sketched keys, and times the block's value spread
+    double value_miss;                // sum of weight times |v - value used|
+    double size;                      // sum of weight times |value used|
+    double unread;                    // weight on the mean value
+    double left_out;                  // ceilings of the keys dropped
+};
+
+// What a thread finds out while it scans, per head.
+struct Extremes {
+    float lower;   // the largest lower bound of any key
+    float top;     // the largest finite upper bound; from `collect` on the largest estimate, where it is asked for
+    float extent;  // the largest |estimate| + half-width
+    float peak;    // the largest exact score
+};
+
+struct Unit {
+    const Problem* problem;
+    const SketchView* sketch;
+    const Rule* rule;
+    const StepOutput* output;
+    Team* team;
+    int rank, size;  // within the threads that share this unit
+    int64_t row, head, length, num_blocks, closed, stride;
+    Part blocks;  // this thread's
+    Group group;
+    Rows keys, values;
+    Scan scan;
+    float *upper, *estimate;  // [group, stride], shared; lanes past `closed` are free
+    int32_t* tokens;          // [length + kLanes], shared; this thread's list starts at list_begin
+    float *scores, *norms;    // [group, stride] and [stride], at the tokens' places in the list
+    int64_t list_begin;
+    int64_t* list_count;                // [size], shared
+    int64_t* counts;                    // [size, kNumCounts], shared
+    float *cut, *before, *tau;          // [group], shared
+    float* top;                         // [group], shared: the score weights are relative to
+    double* rescale;                    // [group], shared
+    float* logit_slack;                 // [group], shared: what arithmetic can add to a logit
+    float* live_above;                  // [group], shared: ceilings from which a value is read
+    double* mass;                       // [group], this thread's
+    float *value_center, *value_scale;  // [dims], this thread's: the current block's value frame
+    float* step_of;                     // [group], this thread's: a block's weight unit
+    double* whole_of;                   // [group], this thread's: a block's sum of rounded weights
+    float mean_norm;                    // at least |value_mean|
+    Extremes* extremes;                 // [size, group], shared
+    Sums* sums;                         // [size, group], shared
+    float* out;                         // [size, group, padded], shared
+    float* buffer;                      // this thread's: kValueTile * padded floats
+    f32x16* lanes;                      // this thread's: running extremes, 3 per head
+
+    int64_t& my_count() const { return list_count[rank]; }
+    Extremes& extreme(int64_t g) const { return extremes[rank * group.size + g]; }
+    Sums& sum_of(int64_t g) const { return sums[rank * group.size + g]; }
+    float* my_out() const { return out + rank * group.size * group.padded; }
+    int64_t list_begin_of(int member) const { return part_of(num_blocks, 1, member, size).begin * sketch->frame_len; }
+    void wait() const {
+        if (size > 1) team->barrier();
+    }
+    // Whether this thread's list holds the open tokens too.
+    bool last() const { return rank == size - 1; }
+    void mark_exact(int64_t g, int64_t token) const {
+        const int64_t index = row * problem->num_q_heads + head * group.size + g;
+        output->exact_mask[index * output->mask_len + keys.start + token] = 1;
+    }
+    template <class Body>
+    void my_heads(Body body) const {
+        for (int64_t g = rank; g < group.size; g += size) body(g);
+    }
+    template <class Body>
+    void lists(Body body) const {
+        for (int member = 0; member < size; ++member) body(list_begin_of(member), list_count[member]);
+    }
+    float slack(int64_t g, int64_t i) const { return score_error(group.padded) * group.norm[g] * norms[i] + kAbsolute; }
+};
+
+// max(1, ceil(share * length), count), as louver.kernels.reference.resolve has it.
+inline int64_t keys_needed(const Rule& rule, int64_t length) {
+    const auto share = static_cast<int64_t>(std::ceil(static_cast<double>(length) * rule.share - 1e-9));
+    const int64_t least = rule.count > 1 ? rule.count : 1;
+    return share > least ? share : least;
+}
+
+// The largest of a field over the threads of a unit.
+inline float over_members(const Unit& unit, int64_t g, float Extremes::* field) {
+    float out = -kInfinity;
+    for (int m = 0; m < unit.size; ++m) {
+        const float x = unit.extremes[m * unit.group.size + g].*field;
+        out = x > out ? x : out;
+    }
+    return out;
+}
+
+inline void add_token(Unit& unit, int64_t token) {
+    unit.tokens[unit.list_begin + unit.my_count()++] = static_cast<int32_t>(token);
+}
+
+// Score the tokens this thread's list gained since `from`, and note their best score and lower bound.
+inline void score_list(Unit& unit, int64_t from) {
+    const int64_t at = unit.list_begin + from, n = unit.my_count() - from;
+    score_tokens(unit.keys, unit.group, unit.tokens + at, n, unit.scores + at, unit.stride, unit.norms + at,
+                 unit.buffer);
+    for (int64_t g = 0; g < unit.group.size; ++g) {
+        Extremes& extreme = unit.extreme(g);
+        for (int64_t i = at; i < at + n; ++i) {
+            const float score = unit.scores[g * unit.stride + i], lower = score - unit.slack(g, i);
+            if (score > extreme.peak) extreme.peak = score;
+            if (lower > extreme.lower) extreme.lower = lower;
+        }
+    }
+}
+
+// Bound this thread's blocks: spill upper bounds (and estimates), +infinity for decided keys. Those, and the tokens no
+// block holds, go on the list and are scored at once.
+template <bool kSpillEstimates>
+inline void scan_unit(Unit& unit) {
+    const SketchView& sketch = *unit.sketch;
+    const Rule& rule = *unit.rule;
+    unit.my_count() = 0;
+    for (int64_t g = 0; g < unit.group.size; ++g) {
+        unit.lanes[3 * g] = unit.lanes[3 * g + 1] = splat(-kInfinity);
+        unit.lanes[3 * g + 2] = splat(0);
+    }
+    for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) {
+        const int64_t base = b * sketch.frame_len;
+        const bool plain = base >= rule.sinks && base + sketch.frame_len <= unit.length - rule.recent;
+        scan_block(unit.scan, sketch.block(unit.row, unit.head, b),
+                   [&](int64_t token, i32x16 decided, auto&& estimate, auto&& half_width) {
+                       const int64_t at = base + token, count = sketch.frame_len - token;
+                       if (!plain)
+                           for (int lane = 0; lane < kLanes; ++lane)
+                               if (at + lane < rule.sinks || at + lane >= unit.length - rule.recent) decided[lane] = -1;
+                       uint32_t todo = bits(decided);
+                       const bool any = todo != 0;
+                       for (; todo != 0; todo &= todo - 1)
+                           if (__builtin_ctz(todo) < count) add_token(unit, at + __builtin_ctz(todo));
+                       for (int64_t g = 0; g < unit.group.size; ++g) {
+                           const f32x16 e = estimate(g), h = half_width(g);
+                           f32x16 upper = e + h, lower = e - h, extent = abs(e) + h, top = upper;
+                           if (any) {
+                               upper = select(decided, splat(kInfinity), upper);
+                               lower = select(decided, splat(-kInfinity), lower);
+                               top = select(decided, splat(-kInfinity), top);
+                               extent = select(decided, splat(0), extent);
+                           }
+                           const size_t bytes = static_cast<size_t>(4 * (count < kLanes ? count : kLanes));
+                           std::memcpy(unit.upper + g * unit.stride + at, &upper, bytes);
+                           if (kSpillEstimates) std::memcpy(unit.estimate + g * unit.stride + at, &e, bytes);
+                           f32x16* lanes = unit.lanes + 3 * g;
+                           lanes[0] = max(lanes[0], lower);
+                           lanes[1] = max(lanes[1], top);
+                           lanes[2] = max(lanes[2], extent);
+                       }
+                   });
+    }
+    for (int64_t g = 0; g < unit.group.size; ++g) {
+        const f32x16* lanes = unit.lanes + 3 * g;
+        unit.extreme(g) = {largest(lanes[0]), largest(lanes[1]), largest(lanes[2]), -kInfinity};
+    }
+    for (int64_t i = unit.closed; i < unit.length && unit.last(); ++i) add_token(unit, i);
+    score_list(unit, 0);
+}
+
+}  // namespace louver::LOUVER_ISA

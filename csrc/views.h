@@ -1,0 +1,106 @@
+// What a kernel sees of the caller's arrays: pointers, strides and lengths. No ownership, no Python.
+#pragma once
+
+#include <cstdint>
+
+namespace louver {
+
+enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// Keys or values: [batch, heads, kv_len, head_dim], or pages [pages, heads, page_len, head_dim] behind a block table.
+struct CacheView {
+    const char* data = nullptr;
+    DType dtype = DType::float32;
+    int64_t item_bytes = 4;
+    int64_t stride_batch = 0, stride_head = 0, stride_token = 0, stride_dim = 1;  // in elements
+    const int32_t* block_table = nullptr;                                         // [batch, table_width]
+    int64_t table_width = 0;
+    int64_t page_len = 0;
+
+    const char* token(int64_t row, int64_t head, int64_t position) const {
+        int64_t outer = row, inner = position;
+        if (block_table != nullptr) {
+            const int64_t page = block_table[row * table_width + position / page_len];
+            outer = page < 0 ? 0 : page;
+            inner = position % page_len;
+        }
+        return data + item_bytes * (outer * stride_batch + head * stride_head + inner * stride_token);
+    }
+};
+
+enum class Metric : int { frame = 0, diagonal = 1, identity = 2 };
+
+// The canonical sketch (src/louver/sketch/layout.py), every tensor contiguous with [batch, heads, blocks] in front.
+struct SketchView {
+    int64_t batch = 0, heads = 0, capacity = 0;
+    int64_t frame_len = 0, head_dim = 0, dims = 0, slices = 0;
+    Metric metric = Metric::frame;
+    bool clip = true;
+    int32_t* num_blocks = nullptr;        // [batch]
+    const float* query_weight = nullptr;  // [batch, heads, dims]
+    uint8_t* key_codes = nullptr;         // [.., frame_len, dims / 2]
+    uint16_t* key_center = nullptr;       // [.., dims], float16
+    uint8_t* key_scale = nullptr;         // [.., dims]
+    uint8_t* key_radius = nullptr;        // [.., frame_len, slices]
+    float* radius_unit = nullptr;         // [.., slices]
+    const float* value_mean = nullptr;    // [batch, heads, dims]
+    float* value_spread = nullptr;        // [..]
+    bool coded_values = false;            // the four below are there
+    uint8_t* value_codes = nullptr;
+    uint16_t* value_center = nullptr;
+    uint8_t* value_scale = nullptr;
+    float* value_error = nullptr;
+
+    int64_t block(int64_t row, int64_t head, int64_t index) const { return (row * heads + head) * capacity + index; }
+    // As slice_lengths in geometry/bounds.py: contiguous slices, as even as they go.
+    int64_t slice_begin(int64_t slice) const {
+        const int64_t base = dims / slices, extra = dims % slices;
+        return slice * base + (slice < extra ? slice : extra);
+    }
+};
+
+constexpr int kNoBound = 255;
+constexpr float kLargestFramed = 60000.0f;
+
+// Where a step's evidence goes; [batch, num_q_heads] each, float32.
+struct StepOutput {
+    char* out = nullptr;  // [batch, num_q_heads, head_dim], dtype of the query, contiguous
+    float* lse = nullptr;
+    float* certificate = nullptr;
+    float* arithmetic = nullptr;
+    float* dropped = nullptr;
+    float* tau = nullptr;
+    int64_t* counts = nullptr;      // [batch, num_kv_heads, kNumCounts]
+    uint8_t* exact_mask = nullptr;  // [batch, num_q_heads, mask_len], zero on entry; null unless asked for
+    int64_t mask_len = 0;
+};
+
+// The order of louver.protocols.COUNTS.
+enum Count { kKeys, kBlocks, kOpen, kScanned, kExact, kCoarse, kValueBlocks, kNumCounts };
+
+struct Rule {
+    bool drop = false;
+    double share = 0;
+    int64_t count = 0;
+    bool has_tau = false;
+    float tau = 0;
+    float unread_mass = 0;
+    int64_t sinks = 0, recent = 0;
+    bool keep_best = false;
+};
+
+// One decode step's question: q [batch, num_q_heads, head_dim] contiguous, over row tokens kv_start .. kv_len.
+struct Problem {
+    const char* q = nullptr;
+    DType q_dtype = DType::float32;
+    CacheView keys, values;
+    const int32_t* kv_start = nullptr;
+    const int32_t* kv_len = nullptr;
+    int64_t batch = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0;
+    float softmax_scale = 1;
+
+    int64_t group_size() const { return num_q_heads / num_kv_heads; }
+    int64_t row_len(int64_t row) const { return kv_len[row] > kv_start[row] ? kv_len[row] - kv_start[row] : 0; }
+};
+
+}  // namespace louver

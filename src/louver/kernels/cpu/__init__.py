@@ -1,0 +1,22 @@
+"""The CPU backend: compiled kernels (csrc/) with the reference backend's ops and signatures.
+
+What is native: encode_block, bounds, step, attend_dense, search, score and attend_selection. The rest is the reference's own,
+on the same tensors: a policy that is not a rule goes through bounds and attend_tiers, which no fast path needs.
+"""
+
+from louver.kernels.cpu.attend import attend_dense, step
+from louver.kernels.cpu.sketch import bounds, encode_block
+from louver.kernels.reference import attend_selection, attend_tiers, merge, resolve, score, search
+
+__all__ = [
+    "attend_dense",
+    "attend_selection",
+    "attend_tiers",
+    "bounds",
+    "encode_block",
+    "merge",
+    "resolve",
+    "score",
+    "search",
+    "step",
+]

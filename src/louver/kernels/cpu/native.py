@@ -1,0 +1,68 @@
+"""The compiled module, found once; and the native view of a sketch, kept as long as the sketch's tensors stay the same."""
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from louver.sketch.layout import Sketch
+
+try:
+    _native: ModuleType | None = importlib.import_module("louver.kernels.cpu._native")
+    reason = ""
+except ImportError as error:  # a pure wheel: no compiler was found at install time
+    _native, reason = None, str(error)
+
+TENSORS = (
+    "num_blocks",
+    "query_weight",
+    "key_codes",
+    "key_center",
+    "key_scale",
+    "key_radius",
+    "radius_unit",
+    "value_mean",
+    "value_spread",
+    "value_codes",
+    "value_center",
+    "value_scale",
+    "value_error",
+)
+Cache = Float[Tensor, "rows num_kv_heads tokens head_dim"]  # a batch, or pages behind a block table
+METRICS = {"frame": 0, "diagonal": 1, "identity": 2}
+HOW_TO_BUILD = "reinstall louver where a C++17 compiler is found, or run `make native` in a checkout"
+
+# The instruction set to use; empty means the best this machine has. For tests and measurements.
+isa = os.environ.get("LOUVER_CPU_ISA", "")
+
+
+def available() -> bool:
+    """True where the extension was built."""
+    return _native is not None
+
+
+def load() -> Any:
+    """The extension. Callers have resolved the backend, so it is there."""
+    assert _native is not None, "the cpu backend was used without being available"
+    return _native
+
+
+def sketch_view(sketch: Sketch) -> Any:
+    """The native view of a sketch, made again when one of its tensors was replaced."""
+    held = tuple([getattr(sketch, name) for name in TENSORS])
+    cached = sketch.__dict__.get("_native_view")
+    if cached is not None and all(a is b for a, b in zip(cached[0], held, strict=True)):
+        return cached[1]
+    config = sketch.config
+    view = load().Sketch(list(held), config.frame_len, sketch.head_dim, METRICS[config.metric], config.clip)
+    sketch.__dict__["_native_view"] = (held, view)
+    return view
+
+
+def num_threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()
