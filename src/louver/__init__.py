@@ -9,6 +9,7 @@ from louver.attention import DenseAttention as DenseAttention
 from louver.attention import LouverAttention as LouverAttention
 from louver.attention import attend as attend
 from louver.errors import LouverError as LouverError
+from louver.index import BallIndex as BallIndex
 from louver.index import FlatIndex as FlatIndex
 from louver.index import Selection as Selection
 from louver.index import SketchIndex as SketchIndex
@@ -24,6 +25,7 @@ from louver.sketch import SketchConfig as SketchConfig
 
 __all__ = [
     "AttendResult",
+    "BallIndex",
     "Budget",
     "DenseAttention",
     "ExactFraction",

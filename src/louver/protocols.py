@@ -119,6 +119,7 @@ class StepStats:
     byte_weights: tuple[int, ...]
     head_dim: int
     drops: bool
+    index_bytes: Int[Tensor, "batch num_kv_heads"] | None = None  # of an index that COUNTS do not describe
 
     def count(self, name: str) -> Int[Tensor, "batch num_kv_heads"]:
         """One of the counts named in COUNTS."""
@@ -153,7 +154,8 @@ class StepStats:
     @property
     def bytes_read(self) -> Int[Tensor, "batch num_kv_heads"]:
         """Bytes of cache and index the step read."""
-        return (self.table * self.table.new_tensor(self.byte_weights)).sum(-1)
+        cache = (self.table * self.table.new_tensor(self.byte_weights)).sum(-1)
+        return cache if self.index_bytes is None else cache + self.index_bytes
 
     @property
     def bytes_dense(self) -> Int[Tensor, "batch num_kv_heads"]:
@@ -237,6 +239,11 @@ class KeyIndex(Protocol):
 
     guarantee: ClassVar[Guarantee]
     store: KVStore
+
+    @property
+    def bytes_per_search(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Bytes of the index itself that one search reads, whatever it finds."""
+        ...
 
     def refresh(self) -> None:
         """Take in the tokens the store gained since the last call."""

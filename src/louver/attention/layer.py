@@ -6,6 +6,7 @@ from torch import Tensor
 from louver.attention.dense import attend_everything
 from louver.attention.sparse import attend
 from louver.errors import PolicyError
+from louver.index.ball import BallIndex
 from louver.index.flat import FlatIndex
 from louver.index.sketch import SketchIndex
 from louver.kernels import resolve_backend
@@ -16,7 +17,7 @@ from louver.protocols import AttendResult, KeyIndex, Policy
 from louver.shapes import Keys, PerRow, Query, Values, check_query
 from louver.sketch.layout import SketchConfig
 
-INDEXES = ("sketch", "flat")
+INDEXES = ("sketch", "flat", "ball")
 
 
 class LouverAttention:
@@ -24,7 +25,7 @@ class LouverAttention:
 
     Args:
         policy: what a step keeps; a specification or a policy. Changes results, within its certificate.
-        index: "sketch", or "flat" for retrieval without a sketch. Speed only.
+        index: "sketch", or "flat" or "ball" for retrieval without a sketch. Speed only.
         config: how the cache is sketched. Speed only.
         backend: which kernels; "auto" is the fastest the device has. Speed only.
         reserve_tokens: allocate this many tokens at once. Speed only.
@@ -47,6 +48,8 @@ class LouverAttention:
             self.index = SketchIndex(self.store, config=config, backend=backend)
         elif index == "flat":
             self.index = FlatIndex(self.store)
+        elif index == "ball":
+            self.index = BallIndex(self.store)
         else:
             raise PolicyError(f"index={index!r} is unknown; wanted one of {', '.join(INDEXES)}")
         self.record = False

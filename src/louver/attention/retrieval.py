@@ -3,6 +3,8 @@
 The sketch has a fused path of its own (kernels attend_tiers); this one serves every other index, with nothing but the seam.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -102,4 +104,5 @@ def _stats(found: SelectionLike, mask: Tensor, valid: Tensor, index: KeyIndex, g
     num_keys = valid.sum(-1).expand_as(found.num_scanned).long().contiguous()
     num_exact = mask.unflatten(1, (-1, group_size)).any(2).sum(-1)
     num_scanned = torch.maximum(found.num_scanned.long(), num_exact)
-    return plain_stats(num_keys, num_scanned, num_exact, index.store.keys.shape[3])
+    stats = plain_stats(num_keys, num_scanned, num_exact, index.store.keys.shape[3])
+    return replace(stats, index_bytes=index.bytes_per_search)

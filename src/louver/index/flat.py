@@ -6,6 +6,7 @@ Guarantee: exact. Cost: kv_len * head_dim per query head; nothing to build, noth
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from louver.geometry.rounding import score_slack
@@ -73,6 +74,12 @@ class FlatIndex:
         slack = score_slack(absolute, q.shape[2])
         decided = valid_rows(length, longest) & ~free
         return summarize(scores, slack, free, scores - slack, decided, length, softmax_scale)
+
+    @property
+    def bytes_per_search(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Bytes of the index that a search reads: none, there is none."""
+        keys = self.store.keys
+        return torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from louver.errors import ShapeError
@@ -18,6 +19,7 @@ from louver.kernels.ops import Bounds
 from louver.kv.device import DeviceStore
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau
+from louver.sketch.accounting import key_block_bytes
 from louver.sketch.layout import Sketch, SketchConfig, empty_sketch
 
 
@@ -156,6 +158,15 @@ class SketchIndex:
     def _current(self) -> Sketch:
         assert self.sketch is not None, "refresh() before the first search"
         return self.sketch
+
+    @property
+    def bytes_per_search(self) -> Int[Tensor, "batch num_kv_heads"]:
+        """Bytes of the sketch that one search reads, whatever it finds."""
+        sketch = self.sketch
+        if sketch is None:
+            return torch.zeros(self.store.keys.shape[:2], dtype=torch.int64)
+        block = key_block_bytes(sketch.dims, sketch.num_slices, sketch.config.frame_len)
+        return (sketch.num_blocks.long() * block)[:, None].expand(-1, self.store.keys.shape[1])
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on; blocks that lose a token open again."""
