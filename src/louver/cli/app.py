@@ -2,6 +2,7 @@
 
 import typer
 
+from louver.cli.capture import capture
 from louver.cli.demo import demo
 from louver.cli.generate import generate
 from louver.cli.info import info
@@ -16,6 +17,7 @@ app = typer.Typer(
 app.command()(info)
 app.command()(demo)
 app.command()(generate)
+app.command()(capture)
 
 
 def main() -> None:
