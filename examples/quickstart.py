@@ -23,7 +23,9 @@ def on_tensors() -> None:
     found = index.search(q, tau)
     scores = (q.unflatten(1, (4, 3)).double() @ keys.double().mT).flatten(1, 2)
     assert torch.equal(found.mask(5000), scores >= 120), "a key that matters was lost"
-    print(f"search: all {found.indices.numel()} of {12 * 5000} keys above tau; {found.scanned_fraction:.1%} of keys read")
+    print(
+        f"search: all {found.indices.numel()} of {12 * 5000} keys above tau; {found.scanned_fraction:.1%} of keys read"
+    )
 
     exact = louver.attend(q, index, policy="dense").out
     for policy in ("exact:0.01", "budget:0.05"):
