@@ -14,7 +14,6 @@ typedef long long i64;
 #define ALWAYS 65535
 #define FULL 0xffffffffu
 #define SIGNED 32768
-#define RANK_BINS 4096
 #define DECIDED (1 << 30)
 #define COUNTERS 8
 enum { LISTED, COARSE, VALUE_BLOCKS, SPREAD, RANKED, EXACT };
@@ -60,37 +59,6 @@ template <int N> __device__ __forceinline__ Words<N> stream(const u32* p) {  // 
     }
     return r;
 }
-__device__ __forceinline__ float2 unpack(u32 x) {  // two stored elements
-#if BF16
-    return make_float2(__int_as_float(x << 16), __int_as_float(x & 0xffff0000u));
-#else
-    return make_float2(low_half(x), high_half(x));
-#endif
-}
-
-struct Place {  // where a cache's tokens lie: strides in elements, pages through a table
-    const u16* data;
-    i64 page, head, token;
-    const int* table;
-    i64 table_stride;
-    int page_len;
-    __device__ __forceinline__ const u16* at(int row, int kv_head, int position) const {
-#if PAGED
-        i64 p = table[row * table_stride + position / page_len];
-        return data + p * page + kv_head * head + (i64)(position % page_len) * token;
-#else
-        return data + row * page + kv_head * head + (i64)position * token;
-#endif
-    }
-};
-
-#define LANES (D / 8)  // lanes that share a token's channels, 16 bytes each
-
-// Programmatic dependent launch: the next kernel of the step may start its prologue; and wait for all that was launched before. What an
-// earlier kernel of the step wrote is never __restrict__: the compiler may read that before the wait.
-__device__ __forceinline__ void release_next() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 template <int N> __device__ __forceinline__ float sum_lanes(float x) {
 #pragma unroll
     for (int m = N / 2; m; m /= 2) x += __shfl_xor_sync(FULL, x, m);

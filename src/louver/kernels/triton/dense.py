@@ -48,15 +48,22 @@ def _dense_kernel(
     each = tl.cdiv(tl.cdiv(stop - start, BLOCK), splits) * BLOCK
     begin = start + split * each
     end = tl.minimum(begin + each, stop)
+    own_k = k + row.to(tl.int64) * k_page + (pid % num_kv_heads).to(tl.int64) * k_head
+    own_v = v + row.to(tl.int64) * v_page + (pid % num_kv_heads).to(tl.int64) * v_head
     for i in tl.range(begin, end, BLOCK, num_stages=STAGES):
         token = i + tl.arange(0, BLOCK)
         inside = token < end
         held = inside[:, None] & (d < D)[None, :]
-        safe = tl.where(inside, token, start)
-        at = token_offset(table, row, pid % num_kv_heads, safe, k_page, k_head, k_token, table_stride, page_len, PAGED)
-        key = tl.load(k + at[:, None] + d[None, :] * k_dim, mask=held, other=0.0)
-        at = token_offset(table, row, pid % num_kv_heads, safe, v_page, v_head, v_token, table_stride, page_len, PAGED)
-        value = tl.load(v + at[:, None] + d[None, :] * v_dim, mask=held, other=0.0)
+        if PAGED:
+            safe = tl.where(inside, token, start)
+            head = pid % num_kv_heads
+            at = token_offset(table, row, head, safe, k_page, k_head, k_token, table_stride, page_len, PAGED)
+            key = tl.load(k + at[:, None] + d[None, :] * k_dim, mask=held, other=0.0)
+            at = token_offset(table, row, head, safe, v_page, v_head, v_token, table_stride, page_len, PAGED)
+            value = tl.load(v + at[:, None] + d[None, :] * v_dim, mask=held, other=0.0)
+        else:
+            key = tl.load(own_k + token.to(tl.int64)[:, None] * k_token + d[None, :] * k_dim, mask=held, other=0.0)
+            value = tl.load(own_v + token.to(tl.int64)[:, None] * v_token + d[None, :] * v_dim, mask=held, other=0.0)
         absolute = tl.dot(tl.abs(key).to(x.dtype), x_abs, input_precision="ieee")
         largest = tl.maximum(largest, tl.max(absolute, 0))
         logit = tl.dot(key.to(x.dtype), x, input_precision="ieee") * scale
@@ -151,7 +158,7 @@ def attend_everything(
     num_kv_heads = keys.shape[1]
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     block = 32
-    splits = num_splits(batch * num_kv_heads, -(-longest // block), 4)
+    splits = num_splits(batch * num_kv_heads, -(-longest // block), 2 if longest <= 65536 else 4)
     part_out = workspace(q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
     part_sums = workspace(q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -17,6 +17,7 @@ from louver.kernels.triton.common import (
     LN2,
     LOG2E,
     RANK_BINS,
+    RANK_CODES,
     RANKED,
     STEPS,
     exp,
@@ -47,8 +48,8 @@ def _scores(x, x_abs, k, at, d, k_dim, inside, slack_share, D: tl.constexpr, KIN
 @triton.jit
 def rank_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
-    listed, counters, cuts, low, tau, rank_hist, num_blocks, kv_start, kv_len,
-    num_kv_heads, room, scale, slack_share, share, tolerance, count,
+    listed, list_scores, list_slacks, counters, cuts, low, tau, rank_hist, num_blocks, kv_start, kv_len,
+    num_kv_heads, room, scored, scale, slack_share, share, tolerance, count,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr,
 ):  # fmt: skip
@@ -78,11 +79,15 @@ def rank_kernel(
                 table, row, pid % num_kv_heads, token, k_page, k_head, k_token, table_stride, page_len, PAGED
             )
             scores, slack = _scores(x, x_abs, k, at, d, k_dim, inside, slack_share, D, x.dtype)
+            held = (inside & (index < scored))[:, None] & real[None, :]
+            kept_at = (pid.to(tl.int64) * scored + index)[:, None] * G + g[None, :]
+            tl.store(list_scores + kept_at, scores, mask=held)
+            tl.store(list_slacks + kept_at, slack, mask=held)
             logit = (scores - slack) * scale
             position = (logit - origin[None, :]) * STEPS - (tl.abs(logit) + tl.abs(origin)[None, :]) * (
                 2.0**-20 * STEPS
             )
-            place = tl.floor(position) - cut[None, :].to(tl.float32)
+            place = tl.floor((tl.floor(position) - cut[None, :].to(tl.float32)) / RANK_CODES)
             counts = inside[:, None] & real[None, :] & (place >= 0)
             place = tl.minimum(tl.maximum(place, 0.0), RANK_BINS - 1.0).to(tl.int32)
             tl.atomic_add(rank_hist + (pid * G + g)[None, :] * RANK_BINS + place, 1, mask=counts, sem="relaxed")
@@ -92,27 +97,26 @@ def rank_kernel(
         length = (tl.load(kv_len + row) - start).to(tl.int64)
         need = tl.maximum((length * share - tolerance + ((1 << 40) - 1)) >> 40, count).to(tl.int32)
         bins = tl.arange(0, RANK_BINS)
-        for head in range(G):
-            counted = tl.load(rank_hist + (pid * G + head) * RANK_BINS + bins, cache_modifier=".cg")
-            found = tl.sum(counted, 0)
-            above = found - tl.cumsum(counted, 0) + counted
-            best = tl.sum((above >= need).to(tl.int32), 0) - 1
-            if best >= 0 and not overflow:
-                zero = tl.load(low + pid * G + head)
-                nth = zero + (tl.load(cuts + (pid * G + head) * 2) + best).to(tl.float32) / STEPS
-                nth = nth / scale - tl.abs(nth / scale) * 2.0**-20
-                tl.store(tau + pid * G + head, tl.maximum(nth, tl.load(tau + pid * G + head)))
-            if overflow:
-                tl.store(tau + pid * G + head, -float("inf"))
+        at = (pid * G + g)[:, None] * RANK_BINS + bins[None, :]
+        counted = tl.load(rank_hist + at, mask=real[:, None], other=0, cache_modifier=".cg")
+        found = tl.sum(counted, 1)
+        above = found[:, None] - tl.cumsum(counted, 1) + counted
+        best = tl.sum((above >= need).to(tl.int32), 1) - 1
+        nth = origin + (cut + best * RANK_CODES).to(tl.float32) / STEPS
+        nth = nth / scale - tl.abs(nth / scale) * 2.0**-20
+        old = tl.load(tau + pid * G + g, mask=real, other=0.0)
+        new = tl.where(best >= 0, tl.maximum(nth, old), old)
+        tl.store(tau + pid * G + g, tl.where(overflow, -float("inf"), new), mask=real)
 
 
 @triton.jit
 def exact_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
-    listed, counters, low, tau, num_blocks, kv_start, kv_len, part_out, part_sums, mask,
-    num_kv_heads, room, scale, slack_share, weight_slack, mask_stride,
+    listed, list_scores, list_slacks, counters, low, tau, num_blocks, kv_start, kv_len, part_out, part_sums, mask,
+    num_kv_heads, room, scored, scale, slack_share, weight_slack, mask_stride,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, DROP: tl.constexpr, RECORD: tl.constexpr,
+    RANKED_BEFORE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -123,7 +127,7 @@ def exact_kernel(
     real = g < G
     d = tl.arange(0, DP)
     start = tl.load(kv_start + row)
-    num_listed, rest, total, _ = _place(mine + LISTED, num_blocks, kv_start, kv_len, pid, row, room, L)
+    num_listed, rest, total, overflow = _place(mine + LISTED, num_blocks, kv_start, kv_len, pid, row, room, L)
     x = tl.load(q + (pid * G + g)[None, :] * D + d[:, None], mask=real[None, :] & (d < D)[:, None], other=0.0)
     x_abs = tl.abs(x)
     threshold = tl.load(tau + pid * G + g, mask=real, other=0.0)
@@ -149,8 +153,16 @@ def exact_kernel(
         entry = tl.load(listed + pid.to(tl.int64) * room + index, mask=inside & is_listed, other=DECIDED)
         token = tl.where(is_listed, entry & (DECIDED - 1), rest + index - num_listed)
         token = start + tl.where(inside, token, 0)
-        at = token_offset(table, row, pid % num_kv_heads, token, k_page, k_head, k_token, table_stride, page_len, PAGED)
-        scores, slack = _scores(x, x_abs, k, at, d, k_dim, inside, slack_share, D, x.dtype)
+        # rank_kernel left the scores of the first `scored` entries; an overflow it did not score.
+        if RANKED_BEFORE and (not overflow) and i + BLOCK <= scored:
+            kept_at = (pid.to(tl.int64) * scored + index)[:, None] * G + g[None, :]
+            scores = tl.load(list_scores + kept_at, mask=inside[:, None] & real[None, :], other=0.0)
+            slack = tl.load(list_slacks + kept_at, mask=inside[:, None] & real[None, :], other=0.0)
+        else:
+            at = token_offset(
+                table, row, pid % num_kv_heads, token, k_page, k_head, k_token, table_stride, page_len, PAGED
+            )
+            scores, slack = _scores(x, x_abs, k, at, d, k_dim, inside, slack_share, D, x.dtype)
         keep = inside[:, None] & real[None, :]
         if DROP:
             undecided = (entry & DECIDED) == 0

@@ -21,7 +21,7 @@ def finish_kernel(
     exact_out, exact_sums, tier_out, tier_sums, low, cuts, tau, below, mean, counters, num_blocks, kv_start, kv_len,
     out, evidence, counts, num_q_heads, num_kv_heads, room, accumulation, out_unit,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, EXACTS: tl.constexpr, TIERS: tl.constexpr,
-    NUM_COUNTERS: tl.constexpr, DROP: tl.constexpr, OPEN_LISTED: tl.constexpr,
+    NUM_COUNTERS: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     kv = pid // G
@@ -112,8 +112,6 @@ def finish_kernel(
     if pid % G == 0:
         blocks = tl.load(num_blocks + row)
         table = counts + kv * 7
-        if OPEN_LISTED:
-            listed -= length - blocks * L
         scanned = tl.where(overflow, blocks * L, listed)
         kept_closed = scanned
         if DROP:

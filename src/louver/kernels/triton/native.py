@@ -8,7 +8,6 @@ in registers, several tiles ahead.
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from louver.kernels.triton import runtime
@@ -35,17 +34,6 @@ def serves_scan(q: Tensor, sketch: Sketch, group: int) -> bool:
     )
 
 
-def serves_cache(keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernels that gather keys and values can read them 16 bytes at a time."""
-    return all(
-        x.dtype in (torch.float16, torch.bfloat16)
-        and x.stride(3) == 1
-        and all(s % 8 == 0 for s in x.stride()[:3])
-        and x.data_ptr() % 16 == 0
-        for x in (keys, values)
-    )
-
-
 def num_bins(group: int) -> int:
     """Bins of the histogram kept per query head (BINS in common.cuh)."""
     return 1024 if group <= 4 else 512
@@ -65,8 +53,6 @@ def _kernel(file: str, name: str, plan: "Plan", **more: int) -> c_void_p:
         "S": sketch.num_slices,
         "DROP": int(plan.rule.drop),
         "FIXED": int(plan.fixed),
-        "BF16": int(plan.keys.dtype == torch.bfloat16),
-        "PAGED": int(plan.block_table is not None),
         **more,
     }
     return runtime.function(file, name, tuple(f"-D{k}={v}" for k, v in macros.items()))
@@ -97,34 +83,18 @@ def scan(plan: "Plan", sinks: int, recent: int, keep_best: bool) -> None:
     )  # fmt: skip
 
 
-def _strides(x: Tensor) -> list[c_longlong]:
-    return [c_longlong(s) for s in x.stride()[:3]]
-
-
-def _table(plan: "Plan") -> tuple[Tensor, c_longlong, c_int]:
-    table = plan.block_table
-    return (
-        plan.keys if table is None else table,
-        c_longlong(0 if table is None else table.stride(0)),
-        c_int(plan.keys.shape[2]),
-    )
-
-
-def select(plan: "Plan", slack_share: float) -> None:
-    """List and score what reaches the cuts; raise tau to the rank-th best score."""
+def list_keys(plan: "Plan") -> None:
+    """List what reaches the cuts."""
     w, sketch = plan.workspace, plan.sketch
     per_step = 512 // sketch.config.frame_len
-    splits = max(1, min(-(-sketch.capacity // per_step), NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // plan.rows))
-    table, table_stride, page_len = _table(plan)
+    splits = max(1, min(-(-sketch.capacity // per_step), NUM_MULTIPROCESSORS * 8 // plan.rows))
     runtime.launch(
-        _kernel("select.cu", "select_keys", plan),
+        _kernel("list.cu", "list_keys", plan),
         (plan.rows, splits),
         256,
         [
-            w.query, plan.keys, table, *_strides(plan.keys), table_stride, page_len, w.upper, sketch.value_spread,
-            *plan.place, w.cuts, w.low, w.tau, w.listed, w.list_scores, w.list_norms, w.counters, w.below, w.rank_hist,
-            *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale), c_float(slack_share),
-            *_choice(plan),
+            w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, w.below,
+            *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
         ],
     )  # fmt: skip
 
@@ -140,24 +110,7 @@ def tiers(plan: "Plan", splits: int) -> None:
         128 if plan.group * sketch.dims > 1024 else 256,
         [
             w.upper, w.reach, sketch.key_radius, frames.codes, frames.center, frames.scale, frames.error,
-            sketch.value_spread, plan.scales, *plan.place, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
+            sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
             *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
-        ],
-    )  # fmt: skip
-
-
-def attend(plan: "Plan", splits: int, slack_share: float, mask: Tensor | None) -> None:
-    """Exact attention over the list."""
-    w = plan.workspace
-    table, table_stride, page_len = _table(plan)
-    runtime.launch(
-        _kernel("attend.cu", "attend", plan),
-        (plan.rows, splits),
-        256,
-        [
-            w.query, plan.keys, plan.values, table, *_strides(plan.keys), *_strides(plan.values), table_stride, page_len,
-            *plan.place, w.low, w.tau, w.listed, w.list_scores, w.list_norms, w.counters, w.exact_out, w.exact_sums,
-            c_void_p(0) if mask is None else mask, c_longlong(0 if mask is None else mask.stride(1)),
-            *map(c_int, (plan.num_kv_heads, plan.room)), c_float(plan.scale), c_float(slack_share), c_float(2.0**-20),
         ],
     )  # fmt: skip

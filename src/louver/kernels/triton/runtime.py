@@ -29,8 +29,8 @@ def _driver() -> ctypes.CDLL:
 
 
 def available() -> bool:
-    """Whether kernels can be compiled here: a card with programmatic dependent launch, and NVRTC."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0) and _nvrtc() is not None
+    """Whether kernels can be compiled here: a card with m16n8k16 products, and NVRTC."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and _nvrtc() is not None
 
 
 @lru_cache(maxsize=64)
@@ -71,15 +71,11 @@ def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_
 def launch(
     kernel: ctypes.c_void_p, grid: tuple[int, int], threads: int, arguments: list[Tensor | ctypes._SimpleCData]
 ) -> None:
-    """Launch on torch's current stream. Tensors pass their address, numbers are given as the ctypes of the parameter.
-
-    On Hopper the launch may overlap the end of the one before; the kernels say where they wait for it (common.cuh).
-    """
+    """Launch on torch's current stream. Tensors pass their address, numbers are given as the ctypes of the parameter."""
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    overlap = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-    config = _Config(*grid, 1, threads, 1, 1, 0, torch.cuda.current_stream().cuda_stream, ctypes.pointer(overlap), 1)
-    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, pointers, None), "launch")
+    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+    _check(_driver().cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, 0, stream, pointers, None), "launch")
 
 
 def _check(status: int, what: str) -> None:

@@ -6,16 +6,8 @@
 #define WARPS (G <= 4 ? 8 : 4)
 #define W (D / 32)                                        // 32-bit words of codes per lane and key
 #define TILES (L / 16)
-#define AHEAD (W == 8 ? 1 : 2)                             // tiles in flight; the loop over tiles is not unrolled further:
-                                                          // with a cold cache, code is fetched from memory as data is
+#define AHEAD (16 / W < TILES ? 16 / W : TILES)           // tiles in flight
 #define HALVES (PAIRED ? 1 : 2)                           // halves of the head dimension a lane scales
-
-#define ROWS (PAIRED ? 1 : 2)                             // keys of a tile this lane finishes
-
-struct Tile {  // the lane's share of 16 keys
-    Words<W> codes[2];
-    u32 radii[ROWS];
-};
 
 struct Frame {  // the lane's share of a block's frame: 4 W channels of each half it scales
     Words<2 * W> center[HALVES];
@@ -23,10 +15,10 @@ struct Frame {  // the lane's share of a block's frame: 4 W channels of each hal
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
-    const float* q, const u8* __restrict__ codes, const u16* __restrict__ center, const u8* __restrict__ scale_codes,
+    const float* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ center, const u8* __restrict__ scale_codes,
     const u8* __restrict__ radius, const float* __restrict__ unit, const float* __restrict__ scales,
     const float* __restrict__ weight, const int* __restrict__ num_blocks, const int* __restrict__ kv_start,
-    const int* __restrict__ kv_len, const float* low, const int* floor_code, short* __restrict__ upper,
+    const int* __restrict__ kv_len, const float* __restrict__ low, const int* __restrict__ floor_code, short* __restrict__ upper,
     float* __restrict__ reach, int* __restrict__ hist, float* __restrict__ masses, int* __restrict__ finished,
     int* __restrict__ cuts, float* __restrict__ tau, int num_kv_heads, int capacity, int sinks, int recent, float scale,
     float slack_scaled, float slack_centered, float slack_fixed, float inflation, i64 share, i64 tolerance, int count,
@@ -38,35 +30,31 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     __shared__ __align__(16) u16 staged[WARPS][G][L];
     __shared__ bool last;
 
-    release_next();
     const int pid = blockIdx.x, row = pid / num_kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int r = lane / 4, t = lane % 4;    // fragment row (or column of the query), and quarter of a key
     const int blocks = num_blocks[row], length = kv_len[row] - kv_start[row];
     for (int i = threadIdx.x; i < 256; i += WARPS * 32) table[i] = scales[i];
+    for (int i = threadIdx.x; i < G * D; i += WARPS * 32) {
+        float x = q[(i64)pid * G * D + i], u = FRAME == 2 ? 1.0f : weight[(i64)pid * D + i % D];
+        query[i / D][i % D] = make_float2(x, x * x * u);
+    }
     for (int i = threadIdx.x; i < G * BINS; i += WARPS * 32) bins[i / BINS][i % BINS] = 0;
+    __syncthreads();
 
     const int head = PAIRED ? r % 4 : r;             // whose query this lane scales
     const int first_half = PAIRED ? r / 4 : 0;
     const int mine = 2 * (PAIRED ? t % 2 : t);       // the two heads whose results this lane holds
     const bool real0 = mine < G, real1 = mine + 1 < G;
     const float k = scale * STEPS;
+    int floor0 = real0 ? floor_code[pid * G + mine] : 0, floor1 = real1 ? floor_code[pid * G + mine + 1] : 0;
     float below[2] = {0.0f, 0.0f}, kept[2] = {0.0f, 0.0f};
 
     const int stride = gridDim.y * WARPS;
     int b = blockIdx.y * WARPS + warp;
     const i64 base = (i64)pid * capacity;
     const u32* lane_codes = (const u32*)(codes + (base * L + r) * (D / 2)) + t * W;
-    auto tile_of = [&](int block, int tile) {
-        Tile x;
-        const i64 key = (i64)block * L + tile * 16;
-        x.codes[0] = stream<W>(lane_codes + key * (D / 8));
-        x.codes[1] = stream<W>(lane_codes + (key + 8) * (D / 8));
-#pragma unroll
-        for (int j = 0; j < ROWS; ++j) {
-            const u8* p = radius + (base * L + key + r + 8 * (PAIRED ? t / 2 : j)) * S;
-            x.radii[j] = S == 1 ? (u32)*p : S == 2 ? (u32) * (const u16*)p : *(const u32*)p;
-        }
-        return x;
+    auto key_words = [&](int block, int tile, int half) {
+        return stream<W>(lane_codes + ((i64)block * L + tile * 16 + half * 8) * (D / 8));
     };
     auto frame_of = [&](int block) {
         Frame f;
@@ -78,23 +66,25 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         }
         return f;
     };
-    Tile ahead[AHEAD];
+    Words<W> ahead[AHEAD][2];
     Frame frame;
     if (b < blocks) {
         frame = frame_of(b);
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) ahead[i] = tile_of(b, i);
+        for (int i = 0; i < AHEAD; ++i) { ahead[i][0] = key_words(b, i, 0); ahead[i][1] = key_words(b, i, 1); }
     }
-    wait_for_previous();
-    for (int i = threadIdx.x; i < G * D; i += WARPS * 32) {
-        float x = q[(i64)pid * G * D + i], u = FRAME == 2 ? 1.0f : weight[(i64)pid * D + i % D];
-        query[i / D][i % D] = make_float2(x, x * x * u);
-    }
-    const int floor0 = real0 ? floor_code[pid * G + mine] : 0, floor1 = real1 ? floor_code[pid * G + mine + 1] : 0;
-    __syncthreads();
     for (; b < blocks; b += stride) {
         const int next = b + stride < blocks ? b + stride : b;
         const i64 block = base + b;
+        // Radii of the rows this lane finishes.
+        u32 radii[TILES][PAIRED ? 1 : 2];
+#pragma unroll
+        for (int i = 0; i < TILES; ++i)
+#pragma unroll
+            for (int j = 0; j < (PAIRED ? 1 : 2); ++j) {
+                const u8* p = radius + (block * L + i * 16 + r + 8 * (PAIRED ? t / 2 : j)) * S;
+                radii[i][j] = S == 1 ? (u32)*p : S == 2 ? (u32) * (const u16*)p : *(const u32*)p;
+            }
         float units[S];
 #pragma unroll
         for (int s = 0; s < S; ++s) units[s] = unit[block * S + s];
@@ -214,34 +204,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             mma(zero_low, 0x00080008u, 0x00080008u, 0x00080008u, 0x00080008u, p[0][w][0], p[0][w][1]);
             mma(zero_high, 0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u, p[1][w][0], p[1][w][1]);
         }
-#pragma unroll 1
-        for (int first = 0; first < TILES; first += AHEAD)
 #pragma unroll
-        for (int slot = 0; slot < AHEAD; ++slot) {
-            const int i = first + slot;
+        for (int i = 0; i < TILES; ++i) {
+            const int slot = i % AHEAD;
             float lo[4], hi[4];
 #pragma unroll
             for (int j = 0; j < 4; ++j) { lo[j] = -zero_low[j]; hi[j] = -zero_high[j]; }
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                u32 a = ahead[slot].codes[0].x[w], c = ahead[slot].codes[1].x[w];
+                u32 a = ahead[slot][0].x[w], c = ahead[slot][1].x[w];
                 u32 a8 = a >> 8, c8 = c >> 8;
                 mma(lo, a & 0x000f000fu, c & 0x000f000fu, a8 & 0x000f000fu, c8 & 0x000f000fu, p[0][w][0], p[0][w][1]);
                 mma(hi, a & 0x00f000f0u, c & 0x00f000f0u, a8 & 0x00f000f0u, c8 & 0x00f000f0u, p[1][w][0], p[1][w][1]);
             }
-            u32 radii[ROWS];
+            {
+                const int to = i + AHEAD;
+                const int from = to < TILES ? b : next;
+                ahead[slot][0] = key_words(from, to % TILES, 0);
+                ahead[slot][1] = key_words(from, to % TILES, 1);
+            }
 #pragma unroll
-            for (int j = 0; j < ROWS; ++j) radii[j] = ahead[slot].radii[j];
-            ahead[slot] = tile_of(i + AHEAD < TILES ? b : next, (i + AHEAD) % TILES);
-#pragma unroll
-            for (int j = 0; j < ROWS; ++j) {
+            for (int j = 0; j < (PAIRED ? 1 : 2); ++j) {
                 const int in_block = i * 16 + r + 8 * (PAIRED ? t / 2 : j);
                 const int index = b * L + in_block;
                 bool decided = !usable || index < sinks || index >= length - recent;
                 float width0 = 0.0f, width1 = 0.0f;
 #pragma unroll
                 for (int s = 0; s < S; ++s) {
-                    u32 code = (radii[j] >> (8 * s)) & 255;
+                    u32 code = (radii[i][j] >> (8 * s)) & 255;
                     decided = decided || code == 255;
                     width0 += (float)code * factor0[s];
                     width1 += (float)code * factor1[s];
@@ -274,6 +264,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         __syncwarp();
         uint4* to = (uint4*)(upper + block * G * L);
         const uint4* from = (const uint4*)&staged[warp][0][0];
+#pragma unroll
         for (int i = lane; i < G * L / 8; i += 32) to[i] = from[i];
         __syncwarp();
     }
@@ -306,7 +297,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     // The cuts: a warp per query head reads its rule off the histogram, PER bins a lane.
     for (int i = threadIdx.x; i < G * BINS; i += WARPS * 32) bins[i / BINS][i % BINS] = __ldcg(hist + pid * G * BINS + i);
     __syncthreads();
-#pragma unroll 1
     for (int g = warp; g < G; g += WARPS) {
         const int id = pid * G + g;
         const int* mine_bins = bins[g];
@@ -329,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             if (n) mass += n * exp2_fast(ALWAYS * (LOG2E / STEPS) - BELOW * LOG2E);
         }
         int from = own;  // keys in this lane's bins and above
-        _Pragma("unroll 1") for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, from, m); if (lane + m < 32) from += x; }
+        for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, from, m); if (lane + m < 32) from += x; }
         for (int m = 16; m; m /= 2) top = max(top, __shfl_xor_sync(FULL, top, m));
         u32 enough = __ballot_sync(FULL, from >= need);
         int cut = 0;
@@ -337,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             int at = 31 - __clz(enough);
             int rest = need - (__shfl_sync(FULL, from, at) - __shfl_sync(FULL, own, at));  // wanted of this lane's bins
             int n = lane < PER ? mine_bins[at * PER + lane] : 0;
-            _Pragma("unroll 1") for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, n, m); if (lane + m < 32) n += x; }
+            for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, n, m); if (lane + m < 32) n += x; }
             cut = base_code + (at * PER + 31 - __clz(__ballot_sync(FULL, lane < PER && n >= rest))) * BIN_CODES;
         }
         float bound = (origin + cut / STEPS) / scale;
@@ -357,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             const float limit = unread_mass * __ldcg(masses + id * 2 + 1) * 0.998f;
             float under = __ldcg(masses + id * 2) * 1.001f;  // and of the bins below, before this lane's
             float before = mass;
-            _Pragma("unroll 1") for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, before, m); if (lane >= m) before += x; }
+            for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, before, m); if (lane >= m) before += x; }
             before = under + (before - mass);
             u32 fine = __ballot_sync(FULL, before <= limit);
             unread = 0;
@@ -367,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                 int n = lane < PER ? mine_bins[at * PER + lane] : 0;
                 float each = n * exp2_fast((base_code + (at * PER + lane + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
                 float sum = each;
-                _Pragma("unroll 1") for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, sum, m); if (lane >= m) sum += x; }
+                for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, sum, m); if (lane >= m) sum += x; }
                 u32 ok = __ballot_sync(FULL, lane < PER && (start + sum - each) * 1.001f <= limit);
                 if (ok) unread = base_code + (at * PER + 31 - __clz(ok)) * BIN_CODES;
             }

@@ -62,7 +62,7 @@ class Workspace(NamedTuple):
     reach: Tensor
     listed: Tensor
     list_scores: Tensor
-    list_norms: Tensor
+    list_slacks: Tensor
     exact_out: Tensor
     exact_sums: Tensor
     tier_out: Tensor
@@ -123,8 +123,8 @@ def workspace(
         upper=new(rows, capacity, group, frame_len, dtype=torch.int16),
         reach=new(rows, capacity, slices + 2, group),
         listed=new(rows, room, dtype=torch.int32),
-        list_scores=new(rows, room, group),
-        list_norms=new(rows, room),
+        list_scores=new(rows, room + 2 * frame_len, group),  # and of the open block
+        list_slacks=new(rows, room + 2 * frame_len, group),
         exact_out=new(heads, exacts, dims),
         exact_sums=new(heads, exacts, 8),
         tier_out=new(heads, scans, dims),
@@ -189,8 +189,7 @@ def step(
     group, rows = num_q_heads // num_kv_heads, batch * num_kv_heads
     capacity, frame_len, slices = sketch.capacity, sketch.config.frame_len, sketch.num_slices
     native_scan = native.serves_scan(q, sketch, group)
-    native_rest = native_scan and native.serves_cache(keys, values)
-    scans = native.num_tiers(rows, capacity) if native_rest else num_splits(rows, capacity, 8)
+    scans = native.num_tiers(rows, capacity) if native_scan else num_splits(rows, capacity, 8)
     exacts = num_splits(rows, -(-longest // 64), 4)
     w = workspace(q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
     need = max(1, rule.count)
@@ -233,17 +232,16 @@ def step(
         native.scan(plan, sinks, recent, keep_best)
     else:
         _scan(plan, x, sinks, recent, keep_best, scans)
-    unit = UNIT if native_rest or keys.dtype == torch.float32 else TENSOR_UNIT
+    unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
     slack_share = SAFETY * gamma(head_dim + 2, unit)
     mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else None
-    if native_rest:
-        if rule.drop:
-            native.select(plan, slack_share)
-        else:
-            native.tiers(plan, scans)
-        native.attend(plan, exacts, slack_share, mask)
+    if not native_scan:
+        _sort(plan, scans)
+    elif rule.drop:
+        native.list_keys(plan)
     else:
-        _rest(plan, x, ranked, scans, exacts, slack_share, mask)
+        native.tiers(plan, scans)
+    _attend(plan, x, ranked, exacts, slack_share, mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
@@ -252,7 +250,7 @@ def step(
         w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, sketch.value_mean, w.counters,
         *plan.place, out, evidence, counts, num_q_heads, num_kv_heads, plan.room, chain * (TENSOR_UNIT if not rule.drop else unit),
         UNIT_OF[q.dtype], G=group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=frame_len, EXACTS=exacts, TIERS=scans,
-        NUM_COUNTERS=COUNTERS, DROP=rule.drop, OPEN_LISTED=native_rest, num_warps=4,
+        NUM_COUNTERS=COUNTERS, DROP=rule.drop, num_warps=4,
     )  # fmt: skip
     return _output(out, evidence, counts, None if mask is None else mask.bool())
 
@@ -285,10 +283,8 @@ def _scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool, scans
     )  # fmt: skip
 
 
-def _rest(
-    plan: Plan, x: Tensor, ranked: bool, scans: int, exacts: int, slack_share: float, mask: Tensor | None
-) -> None:
-    """Tiers, rank and exact attention in Triton."""
+def _sort(plan: Plan, scans: int) -> None:
+    """List the exact keys, and attend the others where nothing is dropped, in Triton."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
     heads, frames, words = _sizes(plan)
     ends = (plan.num_kv_heads, sketch.capacity, room)
@@ -306,25 +302,33 @@ def _rest(
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
             *ends, **heads, **words, **frames, SLICES=sketch.num_slices, NUM_COUNTERS=COUNTERS, STAGES=1, num_warps=4,
         )  # fmt: skip
+
+
+def _attend(plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float, mask: Tensor | None) -> None:
+    """Settle the rank, and attend the list and the open block exactly."""
+    w, sketch, room = plan.workspace, plan.sketch, plan.room
+    heads, frames, _ = _sizes(plan)
+    scored = w.list_scores.shape[1]
     cache = cache_arguments(plan.keys, plan.values, plan.block_table)
     tile = {
         **heads,
         "DP": triton.next_power_of_2(sketch.dims),
         "L": frames["L"],
-        "BLOCK": 32,
         "NUM_COUNTERS": COUNTERS,
         "PAGED": plan.block_table is not None,
         "num_warps": 4,
     }
     if ranked:
         rank_kernel[(plan.rows, exacts)](
-            x, *cache, w.listed, w.counters, w.cuts, w.low, w.tau, w.rank_hist, *plan.place, plan.num_kv_heads, room, plan.scale,
-            slack_share, *plan.choice[:3], **tile,
+            x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.cuts, w.low, w.tau, w.rank_hist, *plan.place,
+            plan.num_kv_heads, room, scored, plan.scale,
+            slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
     exact_kernel[(plan.rows, exacts)](
-        x, *cache, w.listed, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask,
-        plan.num_kv_heads, room, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
+        x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask,
+        plan.num_kv_heads, room, scored, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
         0 if mask is None else mask.shape[2], **tile, DROP=plan.rule.drop, RECORD=mask is not None,
+        RANKED_BEFORE=ranked, BLOCK=32, num_stages=1 if ranked else 3,
     )  # fmt: skip
 
 

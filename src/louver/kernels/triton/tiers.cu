@@ -13,11 +13,10 @@
 struct Pairs { u32 x[KEYS / 2]; };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
-    const u16* upper, const float* reach, const u8* __restrict__ radius,
+    const u16* __restrict__ upper, const float* __restrict__ reach, const u8* __restrict__ radius,
     const u8* __restrict__ value_codes, const u16* __restrict__ value_center, const u8* __restrict__ value_scale,
     const float* __restrict__ value_error, const float* __restrict__ value_spread, const float* __restrict__ scales,
-    const int* __restrict__ num_blocks, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
-    const float* low, const int* cuts, int* __restrict__ listed, int* __restrict__ counters,
+    const int* __restrict__ num_blocks, const float* __restrict__ low, const int* __restrict__ cuts, int* __restrict__ listed, int* __restrict__ counters,
     float* __restrict__ part_out, float* __restrict__ part_sums, int num_kv_heads, int capacity, int room) {
     __shared__ float table[256];
     __shared__ float out[WARPS][G][D];
@@ -28,8 +27,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     for (int i = threadIdx.x; i < 256; i += WARPS * 32) table[i] = scales[i];
     for (int i = lane; i < G * D; i += 32) out[warp][i / D][i % D] = 0.0f;
     __syncthreads();
-    release_next();
-    wait_for_previous();
 
     int* mine = counters + pid * COUNTERS;
     const int head = PAIRED ? r % 4 : r, sub = PAIRED ? r / 4 : 0;
@@ -41,11 +38,23 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     float total = 0.0f, floors = 0.0f, unread = 0.0f, surplus = 0.0f, spread = 0.0f, error = 0.0f, apart = 0.0f;
     int num_coarse = 0, num_value_blocks = 0;
 
+    u32 coming[STEPS16][KEYS / 2];  // codes of this lane's keys, a block ahead
+    auto coming_from = [&](int b) {
+        const u32* p = (const u32*)(upper + (((i64)pid * capacity + b) * G + (real ? head : 0)) * L + 4 * t + 2 * sub);
+#pragma unroll
+        for (int i = 0; i < STEPS16; ++i)
+#pragma unroll
+            for (int j = 0; j < KEYS / 2; ++j) coming[i][j] = p[i * 8 + j];
+    };
+    if (blockIdx.y * WARPS + warp < blocks) coming_from(blockIdx.y * WARPS + warp);
     for (int b = blockIdx.y * WARPS + warp; b < blocks; b += gridDim.y * WARPS) {
         const i64 block = (i64)pid * capacity + b;
-        // The lane's codes of a step; read twice, the second time from the L1 cache: a loop is short where unrolled code is long.
-        const u16* lane_codes = upper + (block * G + (real ? head : 0)) * L + 4 * t + 2 * sub;
-        auto code_of = [&](int i, int j) { return (int)lane_codes[i * 16 + j] ^ SIGNED; };
+        u32 codes[STEPS16][KEYS / 2];
+#pragma unroll
+        for (int i = 0; i < STEPS16; ++i)
+#pragma unroll
+            for (int j = 0; j < KEYS / 2; ++j) codes[i][j] = coming[i][j];
+        coming_from(b + gridDim.y * WARPS < blocks ? b + gridDim.y * WARPS : b);
         float factor[S];
 #pragma unroll
         for (int s = 0; s < S; ++s) factor[s] = reach[(block * (S + 2) + s) * G + (real ? head : 0)];
@@ -53,12 +62,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
         const float r_block = value_spread[block], e_block = value_error[block];
         // Which keys are exact for some head, and which are read by some head: four bits a step and lane, keys 4 t ... 4 t + 3.
         u32 exact = 0, live = 0;
-#pragma unroll 2
+#pragma unroll
         for (int i = 0; i < STEPS16; ++i) {
             u32 flags = 0;
 #pragma unroll
             for (int j = 0; j < KEYS; ++j) {
-                const int code = code_of(i, j);
+                const int code = (int)((codes[i][j / 2] >> (16 * (j % 2))) & 0xffff) ^ SIGNED;
                 if (real && code >= cut) flags |= 1u << (2 * sub + j);
                 if (real && code >= readable) flags |= 16u << (2 * sub + j);
             }
@@ -108,16 +117,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
 #pragma unroll
         for (int j = 0; j < TILES; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
         float here = 0.0f, lived = 0.0f, skipped = 0.0f;
-#pragma unroll 1
-        for (int first = 0; first < STEPS16; first += AHEAD)
 #pragma unroll
-        for (int slot = 0; slot < AHEAD; ++slot) {
-            const int i = first + slot;
+        for (int i = 0; i < STEPS16; ++i) {
             const u8* codes_of_radii = radius + (block * L + i * 16 + 4 * t + 2 * sub) * S;
             u32 weights[KEYS / 2];
 #pragma unroll
             for (int j = 0; j < KEYS; ++j) {
-                const int code = code_of(i, j);
+                const int code = (int)((codes[i][j / 2] >> (16 * (j % 2))) & 0xffff) ^ SIGNED;
                 float width = slack;
 #pragma unroll
                 for (int s = 0; s < S; ++s) width += (float)codes_of_radii[j * S + s] * factor[s];
@@ -146,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
                     b0 = weights[0];
                     b1 = weights[KEYS / 2 - 1];
                 }
-                Words<W>* v = ahead[slot];
+                Words<W>* v = ahead[i % AHEAD];
 #pragma unroll
                 for (int w = 0; w < W; ++w)
 #pragma unroll
@@ -158,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
                         x >>= 8, y >>= 8;
                         mma(acc[tile + 1], x & 0x000f000fu, x & 0x00f000f0u, y & 0x000f000fu, y & 0x00f000f0u, b0, b1);
                     }
-                if (i + AHEAD < STEPS16) load(i + AHEAD, ahead[slot]);
+                if (i + AHEAD < STEPS16) load(i + AHEAD, ahead[i % AHEAD]);
             }
         }
         const float whole = lived + skipped;
@@ -207,15 +213,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
         one[j] += __shfl_xor_sync(FULL, one[j], 2);
         if (PAIRED) one[j] += __shfl_xor_sync(FULL, one[j], 16);
         if (t == 0 && sub == 0 && real) sums[warp][head][j] = one[j];
-    }
-    // The open block's tokens are exact.
-    if (blockIdx.y == 0) {
-        const int length = kv_len[row] - kv_start[row], closed = blocks * L;
-        __shared__ int at;
-        if (threadIdx.x == 0) at = length > closed ? atomicAdd(mine + LISTED, length - closed) : 0;
-        __syncthreads();
-        for (int i = threadIdx.x; i < length - closed; i += WARPS * 32)
-            if (at + i < room) listed[(i64)pid * room + at + i] = (closed + i) | DECIDED;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < G * D; i += WARPS * 32) {
