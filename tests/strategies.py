@@ -12,7 +12,7 @@ from louver.sketch import SketchConfig
 
 settings.register_profile(
     "louver",
-    max_examples=int(os.environ.get("LOUVER_EXAMPLES", "15")),
+    max_examples=int(os.environ.get("LOUVER_EXAMPLES", "10")),
     deadline=None,
     derandomize="CI" in os.environ,
     suppress_health_check=[HealthCheck.too_slow],

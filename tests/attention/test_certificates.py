@@ -1,5 +1,7 @@
 """The truth lies within certificate + arithmetic bound, and nothing that reaches the reported tau is inexact."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -151,6 +153,20 @@ def test_certificates_hold_under_autocast(spec, dtype):
             results.append(attend(case.q, FlatIndex.build(case.keys, case.values), policy=spec, record=True))
     for result in results:
         check_step(case, result, parse(spec))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dense_arithmetic_counts_the_rounding_of_16_bit_weights(dtype):
+    """Equal values, and weights just above a half that all round the same way: more than the output's own rounding."""
+    keys, q = torch.zeros(1, 1, 512, 64), torch.zeros(1, 1, 64)
+    q[..., 0] = 8
+    for weight in torch.linspace(0.5, 0.51, 20).tolist():
+        keys[0, 0, 1:, 0] = math.log(weight)
+        for value in (1.0, 1.25):
+            values = torch.full_like(keys, value).to(dtype)
+            result = attend(q.to(dtype), FlatIndex.build(keys.to(dtype), values), policy="dense")
+            error = (result.out.double() - values[0, 0, 0].double()).norm(dim=-1)
+            assert (error <= result.arithmetic_bound).all()
 
 
 def test_values_from_elsewhere_have_no_certificate_but_the_right_answer():
