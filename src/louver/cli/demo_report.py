@@ -48,11 +48,11 @@ def _headline(row: dict[str, Any]) -> Text:
 def _answers(texts: dict[str, str], row: dict[str, Any]) -> Panel:
     lines = [Text(texts["question"], style="italic")]
     if texts["dense"] == texts["louver"]:
-        lines += [Text.assemble(("dense = Louver  ", "green"), texts["dense"])]
+        lines += [Text.assemble(("dense = Louver  ", "green"), _one_line(texts["dense"]))]
     else:
         lines += [
-            Text.assemble(("dense   ", "dim"), texts["dense"]),
-            Text.assemble(("Louver  ", "cyan"), texts["louver"]),
+            Text.assemble(("dense   ", "dim"), _one_line(texts["dense"])),
+            Text.assemble(("Louver  ", "cyan"), _one_line(texts["louver"])),
         ]
     return Panel(Group(*lines), border_style="dim", title=f"{row['num_tokens']} tokens, greedy", title_align="left")
 
@@ -158,6 +158,10 @@ def _table(title: str, lines: Lines) -> Table:
     for name, value, note in lines:
         table.add_row(name, value, note)
     return table
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _verdict(good: bool, text: str) -> Text:

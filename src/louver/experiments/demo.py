@@ -71,7 +71,9 @@ def run(
     """
     policy = parse(config.policy)
     _check(config)
+    on_progress("load the model", 0, 1)
     model, tokenizer = loaded or (load_model(config.model) if config.model else demo_model(say))
+    on_progress("load the model", 1, 1)
     prompt = _prompt(config, model, tokenizer)
     cache = _attach(model, config)
     try:

@@ -59,13 +59,29 @@ def load_model(name: str) -> tuple[Any, Any]:
         raise InputFileError(f"model {name!r}: no such folder")
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        with _no_progress_bars():
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
     except (OSError, ValueError) as error:  # what transformers raises for a missing or unreadable model
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputFileError(f"model {name!r} can't be loaded: {reason}") from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silence transformers' own bars, which take a second and stay on the screen."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def cache_folder() -> Path:

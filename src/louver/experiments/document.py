@@ -15,7 +15,7 @@ from torch import Tensor
 
 from louver.errors import InputFileError
 
-QUESTION = "What should the method __getattr__ either return or raise?"
+QUESTION = "In one sentence: what should the __getattr__ method either return or raise?"
 # As the topics put it; where their lines break and how they quote differs between Python versions.
 ANSWER = re.compile(
     r"should either return the \(computed\) attribute value or raise an \S+ exception".replace(" ", r"\s+")

@@ -45,7 +45,9 @@ def run(
     read_text(config.prompt_file)  # before the model takes its time
     if config.max_new_tokens < 1:
         raise InputFileError(f"max_new_tokens={config.max_new_tokens}; wanted at least 1")
+    on_progress("load the model", 0, 1)
     model, tokenizer = loaded or (demo_model() if config.model == DEMO else load_model(config.model))
+    on_progress("load the model", 1, 1)
     prompt = build_prompt(tokenizer, read_document(config.prompt_file, tokenizer), config.question, config.chat)
     cache = attach(model, policy=policy, backend=config.backend)
     num_prefill, done = prompt.num_tokens - 1, 0

@@ -9,7 +9,7 @@ from louver.experiments.audit import Audit
 from louver.experiments.document import Prompt
 
 _MAX_BINS = 240
-_PASSAGE_TOKENS = 72
+_PASSAGE_TOKENS = 96
 _SINK_TOKENS = 16  # every model looks at the first tokens, whatever they say
 _RECENT_TOKENS = 256  # the newest are exact in any case
 

@@ -86,10 +86,11 @@ def _profile(axes: Any, picture: dict[str, Any]) -> None:
     _bare(axes)
     if picture["answer"]:
         start, end = picture["answer"]
+        left = (start + end) / 2 > 0.25 * picture["num_tokens"]  # where the label has room
         axes.axvspan(start, end, color=ACCENT, lw=0, alpha=0.85)
         axes.annotate(
-            "the answer is here", ((start + end) / 2, 0.6), xytext=(-7, 0), textcoords="offset points",
-            color=ACCENT, weight="bold", ha="right", va="center", fontsize=9.5,
+            "the answer is here", ((start + end) / 2, 0.6), xytext=(-7 if left else 7, 0), textcoords="offset points",
+            color=ACCENT, weight="bold", ha="right" if left else "left", va="center", fontsize=9.5,
         )  # fmt: skip
 
 
@@ -122,13 +123,18 @@ def _steps(axes: Any, picture: dict[str, Any], steps: list[dict[str, Any]]) -> N
     image = axes.imshow(picture["exact_tokens"], aspect="auto", interpolation="nearest", cmap=_colormap(), vmin=0)
     axes.set_title("How many tokens each layer took exactly", pad=7)
     _layer_ticks(axes, picture)
-    labels = [step["dense_text"].replace("\n", "⏎").strip() or "␣" for step in steps]
+    labels = [_label(step["louver_text"]) for step in steps]
     every = -(-len(labels) // 40)
     axes.set_xticks(range(0, len(labels), every), labels[::every], rotation=90, fontsize=8, color=INK)
     _bare(axes)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.035, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
+
+
+def _label(token: str) -> str:
+    text = token.replace("\n", "⏎").strip() or "␣"
+    return text if len(text) <= 10 else text[:9] + "…"
 
 
 def _passage(axes: Any, picture: dict[str, Any]) -> None:
@@ -142,13 +148,13 @@ def _passage(axes: Any, picture: dict[str, Any]) -> None:
     known = "the passage with the answer" if picture["answer"] else "the passage that was read exactly most"
     axes.text(0, 0.16, f"Token by token: {known}", weight="bold", fontsize=10.5)
     lines = _wrapped(passage["tokens"], width=118)
-    x_unit, y_unit = 1 / 118, min(0.125, 0.8 / max(1, len(lines)))
+    x_unit, y_unit = 1 / 118, min(0.17, 0.78 / max(1, len(lines)))
     for row, line in enumerate(lines):
         column = 0
         for index, text in line:
             share = max(passage["density"][index], 1e-4)
             ground = colors(norm(share))
-            y = 0.3 + row * y_unit
+            y = 0.33 + row * y_unit
             axes.add_patch(_box(column * x_unit, y - y_unit * 0.44, len(text) * x_unit, y_unit * 0.88, ground))
             position = passage["start"] + index
             inside = picture["answer"] and picture["answer"][0] <= position < picture["answer"][1]
