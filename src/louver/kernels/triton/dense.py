@@ -158,7 +158,7 @@ def attend_everything(
     num_kv_heads = keys.shape[1]
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     block = 32
-    splits = num_splits(batch * num_kv_heads, -(-longest // block), 2 if longest <= 65536 else 4)
+    splits = num_splits(batch * num_kv_heads, -(-longest // block), 2)
     part_out = workspace(q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
     part_sums = workspace(q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

@@ -8,6 +8,7 @@ in registers, several tiles ahead.
 from ctypes import c_float, c_int, c_longlong, c_void_p
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from louver.kernels.triton import runtime
@@ -87,9 +88,11 @@ def list_keys(plan: "Plan") -> None:
     """List what reaches the cuts."""
     w, sketch = plan.workspace, plan.sketch
     per_step = 512 // sketch.config.frame_len
-    splits = max(1, min(-(-sketch.capacity // per_step), NUM_MULTIPROCESSORS * 8 // plan.rows))
+    steps = -(-sketch.capacity // per_step)
+    steps_each = 4 if steps * plan.rows > 4 * NUM_MULTIPROCESSORS * 8 else 1
+    splits = max(1, -(-steps // steps_each))
     runtime.launch(
-        _kernel("list.cu", "list_keys", plan),
+        _kernel("list.cu", "list_keys", plan, STEPS_EACH=steps_each),
         (plan.rows, splits),
         256,
         [
@@ -112,5 +115,34 @@ def tiers(plan: "Plan", splits: int) -> None:
             w.upper, w.reach, sketch.key_radius, frames.codes, frames.center, frames.scale, frames.error,
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
             *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
+        ],
+    )  # fmt: skip
+
+
+def serves_cache(keys: Tensor, values: Tensor) -> bool:
+    """Whether attend.cu can read keys and values, four bytes at a time."""
+    return all(
+        x.dtype in (torch.float16, torch.bfloat16)
+        and x.stride(3) == 1
+        and all(s % 2 == 0 for s in x.stride()[:3])
+        and x.data_ptr() % 4 == 0
+        for x in (keys, values)
+    )
+
+
+def attend(plan: "Plan", splits: int, slack_share: float, mask: Tensor | None) -> None:
+    """Exact attention over a scored list."""
+    w, keys, values, table = plan.workspace, plan.keys, plan.values, plan.block_table
+    runtime.launch(
+        _kernel("attend.cu", "attend", plan, BF16=int(keys.dtype == torch.bfloat16), PAGED=int(table is not None)),
+        (plan.rows, splits),
+        256,
+        [
+            w.query, keys, values, keys if table is None else table,
+            *map(c_longlong, (*keys.stride()[:3], *values.stride()[:3], 0 if table is None else table.stride(0))),
+            c_int(keys.shape[2]), *plan.place, w.low, w.tau, w.listed, w.list_scores, w.list_slacks, w.counters,
+            w.exact_out, w.exact_sums, c_void_p(0) if mask is None else mask, c_longlong(0 if mask is None else mask.stride(1)),
+            *map(c_int, (plan.num_kv_heads, plan.room, w.list_scores.shape[1])),
+            *map(c_float, (plan.scale, slack_share, 2.0**-20)),
         ],
     )  # fmt: skip

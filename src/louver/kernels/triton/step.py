@@ -241,7 +241,7 @@ def step(
         native.list_keys(plan)
     else:
         native.tiers(plan, scans)
-    _attend(plan, x, ranked, exacts, slack_share, mask)
+    _attend(plan, x, ranked, native_scan, exacts, slack_share, mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
@@ -304,7 +304,9 @@ def _sort(plan: Plan, scans: int) -> None:
         )  # fmt: skip
 
 
-def _attend(plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float, mask: Tensor | None) -> None:
+def _attend(
+    plan: Plan, x: Tensor, ranked: bool, native_scan: bool, exacts: int, slack_share: float, mask: Tensor | None
+) -> None:
     """Settle the rank, and attend the list and the open block exactly."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
     heads, frames, _ = _sizes(plan)
@@ -324,6 +326,9 @@ def _attend(plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float
             plan.num_kv_heads, room, scored, plan.scale,
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
+    if ranked and native_scan and native.serves_cache(plan.keys, plan.values):
+        native.attend(plan, exacts, slack_share, mask)
+        return
     exact_kernel[(plan.rows, exacts)](
         x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask,
         plan.num_kv_heads, room, scored, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,

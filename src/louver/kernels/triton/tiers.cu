@@ -38,23 +38,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     float total = 0.0f, floors = 0.0f, unread = 0.0f, surplus = 0.0f, spread = 0.0f, error = 0.0f, apart = 0.0f;
     int num_coarse = 0, num_value_blocks = 0;
 
-    u32 coming[STEPS16][KEYS / 2];  // codes of this lane's keys, a block ahead
-    auto coming_from = [&](int b) {
-        const u32* p = (const u32*)(upper + (((i64)pid * capacity + b) * G + (real ? head : 0)) * L + 4 * t + 2 * sub);
-#pragma unroll
-        for (int i = 0; i < STEPS16; ++i)
-#pragma unroll
-            for (int j = 0; j < KEYS / 2; ++j) coming[i][j] = p[i * 8 + j];
-    };
-    if (blockIdx.y * WARPS + warp < blocks) coming_from(blockIdx.y * WARPS + warp);
     for (int b = blockIdx.y * WARPS + warp; b < blocks; b += gridDim.y * WARPS) {
         const i64 block = (i64)pid * capacity + b;
         u32 codes[STEPS16][KEYS / 2];
 #pragma unroll
-        for (int i = 0; i < STEPS16; ++i)
+        for (int i = 0; i < STEPS16; ++i) {
+            const u32* p = (const u32*)(upper + (block * G + (real ? head : 0)) * L + i * 16 + 4 * t + 2 * sub);
 #pragma unroll
-            for (int j = 0; j < KEYS / 2; ++j) codes[i][j] = coming[i][j];
-        coming_from(b + gridDim.y * WARPS < blocks ? b + gridDim.y * WARPS : b);
+            for (int j = 0; j < KEYS / 2; ++j) codes[i][j] = p[j];
+        }
         float factor[S];
 #pragma unroll
         for (int s = 0; s < S; ++s) factor[s] = reach[(block * (S + 2) + s) * G + (real ? head : 0)];
