@@ -32,6 +32,18 @@ inline int64_t bounds_bytes(const SketchView& sketch, int64_t group) {
            64;
 }
 
+// The floor of a decided key's score, for every head of the group.
+inline void known_score(const BoundsContext& context, const Group& group, const Rows& keys, int64_t row, int64_t head,
+                        int64_t index, float* work) {
+    float norm;
+    const auto one = static_cast<int32_t>(index);
+    score_tokens(keys, group, &one, 1, work, 1, &norm, work + group.size);
+    float* known = context.to->known + (row * context.problem->num_q_heads + head * group.size) * context.to->longest;
+    for (int64_t g = 0; g < group.size; ++g)
+        known[g * context.to->longest + index] =
+            work[g] - (score_error(group.padded) * group.norm[g] * norm + kAbsolute);
+}
+
 inline void bound_block(const BoundsContext& context, Scan& scan, const Rows& keys, int64_t b, float* work) {
     const Problem& problem = *context.problem;
     const SketchView& sketch = *context.sketch;
@@ -39,27 +51,21 @@ inline void bound_block(const BoundsContext& context, Scan& scan, const Rows& ke
     const int64_t base = b * sketch.frame_len, length = problem.row_len(scan.row);
     const int64_t first_head = scan.row * problem.num_q_heads + scan.head * scan.group.size;
     uint8_t* undecided = to.undecided + (scan.row * problem.num_kv_heads + scan.head) * to.sketched + base;
-    scan_block(scan, sketch.block(scan.row, scan.head, b),
-               [&](int64_t token, i32x16 decided, auto&& estimate, auto&& half_width) {
-                   const int64_t count = sketch.frame_len - token < kLanes ? sketch.frame_len - token : kLanes;
-                   for (int64_t g = 0; g < scan.group.size; ++g) {
-                       const f32x16 e = estimate(g), h = half_width(g);
-                       const int64_t at = (first_head + g) * to.sketched + base + token;
-                       for (int64_t i = 0; i < count; ++i) to.estimate[at + i] = e[i], to.half_width[at + i] = h[i];
-                   }
-                   for (int64_t i = 0; i < count; ++i) {
-                       const int64_t index = base + token + i;
-                       const bool forced = index < context.rule->sinks || index >= length - context.rule->recent;
-                       undecided[token + i] = !forced && decided[i] == 0;
-                       if (undecided[token + i]) continue;
-                       float norm;
-                       const auto one = static_cast<int32_t>(index);
-                       score_tokens(keys, scan.group, &one, 1, work, 1, &norm, work + scan.group.size);
-                       for (int64_t g = 0; g < scan.group.size; ++g)
-                           to.known[(first_head + g) * to.longest + index] =
-                               work[g] - (score_error(scan.group.padded) * scan.group.norm[g] * norm + kAbsolute);
-                   }
-               });
+    scan_block(scan, sketch.block(scan.row, scan.head, b));
+    for (int64_t g = 0; g < scan.group.size; ++g) {
+        float* estimates = to.estimate + (first_head + g) * to.sketched + base;
+        float* widths = to.half_width + (first_head + g) * to.sketched + base;
+        head_bounds(scan, g, [&](int64_t token, f32x16 estimate, f32x16 width) {
+            store_some(estimates + token, estimate, sketch.frame_len - token);
+            store_some(widths + token, width, sketch.frame_len - token);
+        });
+    }
+    for (int64_t i = 0; i < sketch.frame_len; ++i) {
+        const int64_t index = base + i;
+        const bool forced = index < context.rule->sinks || index >= length - context.rule->recent;
+        undecided[i] = !forced && (scan.unbounded[i / kLanes] >> i % kLanes & 1) == 0;
+        if (!undecided[i]) known_score(context, scan.group, keys, scan.row, scan.head, index, work);
+    }
 }
 
 inline void bounds_member(void* argument, int rank, Team& team) {
@@ -79,14 +85,8 @@ inline void bounds_member(void* argument, int rank, Team& team) {
         const Part part = part_of(sketch.num_blocks[row], 1, shared ? rank : 0, shared ? team.size() : 1);
         for (int64_t b = part.begin; b < part.end; ++b) bound_block(context, scan, keys, b, work);
         if (shared && rank != 0) return;
-        for (int64_t i = sketch.num_blocks[row] * sketch.frame_len; i < problem.row_len(row); ++i) {
-            float norm;
-            const auto one = static_cast<int32_t>(i);
-            score_tokens(keys, group, &one, 1, work, 1, &norm, work + size);
-            for (int64_t g = 0; g < size; ++g)
-                context.to->known[(row * problem.num_q_heads + head * size + g) * context.to->longest + i] =
-                    work[g] - (score_error(padded) * group.norm[g] * norm + kAbsolute);
-        }
+        for (int64_t i = sketch.num_blocks[row] * sketch.frame_len; i < problem.row_len(row); ++i)
+            known_score(context, group, keys, row, head, i, work);
     });
 }
 

@@ -5,16 +5,91 @@
 
 namespace louver::LOUVER_ISA {
 
-// total[g * 2 * half + j] += sum_i weight[g * stride + i] * code of channel j of token i, low nibbles first, then the
-// high ones. rows: packed codes of each token. count is at most 128: 255 * 15 * 128 is far inside int32.
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+LOUVER_INLINE __m128i part_of_register(__m512i x, int part) {
+    switch (part) {
+        case 0: return _mm512_extracti32x4_epi32(x, 0);
+        case 1: return _mm512_extracti32x4_epi32(x, 1);
+        case 2: return _mm512_extracti32x4_epi32(x, 2);
+        default: return _mm512_extracti32x4_epi32(x, 3);
+    }
+}
+
+// Four tokens' 64 packed bytes, byte-transposed: register r, dword i holds the bytes of four tokens for byte 16 (i / 4)
+// + 4 r + i % 4 of the row.
+LOUVER_INLINE void interleave4(const uint8_t* const* rows, int64_t at, __mmask64 mask, __m512i* out) {
+    __m512i x[4];
+    for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
+    const __m512i low_a = _mm512_unpacklo_epi8(x[0], x[1]), high_a = _mm512_unpackhi_epi8(x[0], x[1]);
+    const __m512i low_b = _mm512_unpacklo_epi8(x[2], x[3]), high_b = _mm512_unpackhi_epi8(x[2], x[3]);
+    out[0] = _mm512_unpacklo_epi16(low_a, low_b), out[1] = _mm512_unpackhi_epi16(low_a, low_b);
+    out[2] = _mm512_unpacklo_epi16(high_a, high_b), out[3] = _mm512_unpackhi_epi16(high_a, high_b);
+}
+
+// Up to four heads over 64 packed bytes. Weights are unsigned and codes, at most 15, count as signed.
+template <int kHeads>
+LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t at, int64_t width,
+                             const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __mmask64 mask = width == 64 ? ~0ull : (1ull << width) - 1;
+    alignas(64) int32_t sums[kHeads][2][64];
+    for (int r0 = 0; r0 < 4; r0 += 2) {  // two registers of the four at a time: 16 running sums fit
+        __m512i low[kHeads][2], high[kHeads][2];
+        for (int g = 0; g < kHeads; ++g)
+            for (int r = 0; r < 2; ++r) low[g][r] = high[g][r] = _mm512_setzero_si512();
+        for (int64_t i = 0; i < count; i += 4) {
+            __m512i packed[4];
+            interleave4(rows + i, at, mask, packed);
+            for (int r = 0; r < 2; ++r) {
+                const __m512i a = _mm512_and_si512(packed[r0 + r], nibble);
+                const __m512i b = _mm512_and_si512(_mm512_srli_epi16(packed[r0 + r], 4), nibble);
+                for (int g = 0; g < kHeads; ++g) {
+                    const __m512i w = _mm512_set1_epi32(load<int32_t>(weights + g * stride + i));
+                    low[g][r] = _mm512_dpbusd_epi32(low[g][r], w, a);
+                    high[g][r] = _mm512_dpbusd_epi32(high[g][r], w, b);
+                }
+            }
+        }
+        for (int g = 0; g < kHeads; ++g)
+            for (int r = 0; r < 2; ++r)
+                for (int part = 0; part < 4; ++part) {  // four bytes of each 16
+                    const int64_t to = 16 * part + 4 * (r0 + r);
+                    _mm_store_si128((__m128i*)(sums[g][0] + to), part_of_register(low[g][r], part));
+                    _mm_store_si128((__m128i*)(sums[g][1] + to), part_of_register(high[g][r], part));
+                }
+    }
+    for (int g = 0; g < kHeads; ++g) {
+        std::memcpy(total + g * 2 * half + at, sums[g][0], static_cast<size_t>(4 * width));
+        std::memcpy(total + g * 2 * half + half + at, sums[g][1], static_cast<size_t>(4 * width));
+    }
+}
+
+#endif
+
+// total[g * 2 * half + j] = sum_i weight[g * stride + i] * code of channel j of token i, low nibbles first, then the
+// high ones. rows: packed codes of each token; rows and weights have room to the next multiple of 4 (weight 0 there).
+// The largest sum, 255 * 15 * count, is far inside int32.
 inline void add_codes(const uint8_t* const* rows, int64_t count, int64_t half, const uint8_t* weights, int64_t stride,
                       int64_t group, int32_t* total) {
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+    for (int64_t at = 0; at < half; at += 64) {
+        const int64_t width = half - at < 64 ? half - at : 64;
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4)
+            add_strip<4>(rows, count, at, width, weights + g * stride, stride, total + g * 2 * half, half);
+        const uint8_t* rest = weights + g * stride;
+        if (group - g == 1) add_strip<1>(rows, count, at, width, rest, stride, total + g * 2 * half, half);
+        if (group - g == 2) add_strip<2>(rows, count, at, width, rest, stride, total + g * 2 * half, half);
+        if (group - g == 3) add_strip<3>(rows, count, at, width, rest, stride, total + g * 2 * half, half);
+    }
+#else
+    std::memset(total, 0, static_cast<size_t>(4 * group * 2 * half));
     for (int64_t g = 0; g < group; ++g) {
         int32_t* low = total + g * 2 * half;
         int32_t* high = low + half;
         for (int64_t i = 0; i < count; ++i) {
             const int32_t w = weights[g * stride + i];
-            if (w == 0) continue;
             const uint8_t* packed = rows[i];
             for (int64_t j = 0; j < half; ++j) {
                 low[j] += w * (packed[j] & 15);
@@ -22,6 +97,7 @@ inline void add_codes(const uint8_t* const* rows, int64_t count, int64_t half, c
             }
         }
     }
+#endif
 }
 
 }  // namespace louver::LOUVER_ISA

@@ -5,11 +5,11 @@
 
 namespace louver::LOUVER_ISA {
 
-// dots[g * kLanes + i] = sum_d code(i, d) query[g, d] for 16 tokens i whose packed codes start at codes + i * half.
+// dots[g * stride + i] = sum_d code(i, d) query[g, d] for 16 tokens i whose packed codes start at codes + i * half.
 // query int8 [group, 2 * half_padded]: the channels of the low nibbles, then those of the high ones, each padded with
-// zeros to half_padded, a multiple of 4. Only the first `tokens` lanes are computed, and only their codes read.
+// zeros to half_padded, a multiple of 16. Only the first `tokens` lanes are computed, and only their codes read.
 inline void dot_codes_portable(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded,
-                               const int8_t* query, int64_t group, int32_t* dots) {
+                               const int8_t* query, int64_t group, int32_t* dots, int64_t stride) {
     for (int64_t i = 0; i < tokens; ++i)
         for (int64_t g = 0; g < group; ++g) {
             const int8_t* low = query + g * 2 * half_padded;
@@ -17,85 +17,84 @@ inline void dot_codes_portable(const uint8_t* codes, int64_t tokens, int64_t hal
             const uint8_t* packed = codes + i * half;
             int32_t total = 0;
             for (int64_t j = 0; j < half; ++j) total += (packed[j] & 15) * low[j] + (packed[j] >> 4) * high[j];
-            dots[g * kLanes + i] = total;
+            dots[g * stride + i] = total;
         }
 }
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-// Row i of the result holds dword i of the 16 rows given.
-LOUVER_INLINE void transpose16(__m512i* r) {
-    __m512i t[16];
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
+// 16 bytes of each of four rows in one register: loads that insert, and one shuffle.
+LOUVER_INLINE __m512i four_rows(const uint8_t* codes, int64_t step) {
+    auto at = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + i * step)); };
+    const __m256i first = _mm256_inserti128_si256(_mm256_castsi128_si256(at(0)), at(1), 1);
+    const __m256i second = _mm256_inserti128_si256(_mm256_castsi128_si256(at(2)), at(3), 1);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
-// Up to four heads over one strip of 64 packed bytes (fewer: zero past the end) of 16 tokens.
+// Up to four heads over 16 tokens, `pieces` times 16 packed bytes each. Lane group L of register t holds token 4 L + t,
+// so the four partial sums of a token end up in place after two rounds of additions.
 template <int kHeads>
-LOUVER_INLINE void dot_strip(const __m512i* columns, int64_t num_columns, const int8_t* query, int64_t half_padded,
-                             __m512i* total) {
+LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
+                             int64_t half_padded, int32_t* dots, int64_t stride) {
     const __m512i nibble = _mm512_set1_epi8(15);
-    for (int64_t c = 0; c < num_columns; ++c) {
-        const __m512i low = _mm512_and_si512(columns[c], nibble);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(columns[c], 4), nibble);
+    auto values = [&](int g, int64_t at) {
+        const void* from = query + g * 2 * half_padded + at;
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+    };
+    __m512i total[kHeads][4];
+    for (int g = 0; g < kHeads; ++g)
+        for (int t = 0; t < 4; ++t) total[g][t] = _mm512_setzero_si512();
+    for (int64_t c = 0; c < pieces; ++c) {
+        __m512i packed[4];
+        for (int t = 0; t < 4; ++t) packed[t] = four_rows(codes + t * row_bytes + 16 * c, 4 * row_bytes);
         for (int g = 0; g < kHeads; ++g) {
-            const int8_t* at = query + g * 2 * half_padded + 4 * c;
-            total[g] = _mm512_dpbusd_epi32(total[g], low, _mm512_set1_epi32(load<int32_t>(at)));
-            total[g] = _mm512_dpbusd_epi32(total[g], high, _mm512_set1_epi32(load<int32_t>(at + half_padded)));
+            const __m512i q = values(g, 16 * c);
+            for (int t = 0; t < 4; ++t)
+                total[g][t] = _mm512_dpbusd_epi32(total[g][t], _mm512_and_si512(packed[t], nibble), q);
         }
+        for (int t = 0; t < 4; ++t) packed[t] = _mm512_and_si512(_mm512_srli_epi16(packed[t], 4), nibble);
+        for (int g = 0; g < kHeads; ++g) {
+            const __m512i q = values(g, half_padded + 16 * c);
+            for (int t = 0; t < 4; ++t) total[g][t] = _mm512_dpbusd_epi32(total[g][t], packed[t], q);
+        }
+    }
+    for (int g = 0; g < kHeads; ++g) {
+        __m512i* x = total[g];
+        auto pair = [](__m512i a, __m512i b) {
+            return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+        };
+        const __m512i first = pair(x[0], x[1]), second = pair(x[2], x[3]);
+        _mm512_storeu_si512(dots + g * stride, _mm512_add_epi32(_mm512_unpacklo_epi64(first, second),
+                                                                _mm512_unpackhi_epi64(first, second)));
     }
 }
 
 inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
-                      int64_t group, int32_t* dots) {
-    for (int64_t g = 0; g < group; ++g) _mm512_storeu_si512(dots + g * kLanes, _mm512_setzero_si512());
-    for (int64_t strip = 0; strip < half; strip += 64) {
-        const int64_t width = half - strip < 64 ? half - strip : 64;
-        const __mmask64 mask = width == 64 ? ~0ull : (1ull << width) - 1;
-        __m512i rows[16];
-        for (int i = 0; i < 16; ++i) rows[i] = _mm512_maskz_loadu_epi8(i < tokens ? mask : 0, codes + i * half + strip);
-        transpose16(rows);
-        const int64_t columns = (width + 3) / 4;
-        for (int64_t g = 0; g < group;) {
-            const int8_t* from = query + g * 2 * half_padded + strip;
-            __m512i total[4];
-            const int heads = group - g >= 4 ? 4 : static_cast<int>(group - g);
-            for (int i = 0; i < heads; ++i) total[i] = _mm512_loadu_si512(dots + (g + i) * kLanes);
-            if (heads == 4) dot_strip<4>(rows, columns, from, half_padded, total);
-            if (heads == 3) dot_strip<3>(rows, columns, from, half_padded, total);
-            if (heads == 2) dot_strip<2>(rows, columns, from, half_padded, total);
-            if (heads == 1) dot_strip<1>(rows, columns, from, half_padded, total);
-            for (int i = 0; i < heads; ++i) _mm512_storeu_si512(dots + (g + i) * kLanes, total[i]);
-            g += heads;
-        }
+                      int64_t group, int32_t* dots, int64_t stride) {
+    alignas(64) uint8_t copy[kLanes * 512];
+    int64_t row_bytes = half;
+    if (tokens < kLanes || half % 16 != 0) {  // reading whole pieces could leave the array
+        row_bytes = (half + 15) / 16 * 16;
+        std::memset(copy, 0, static_cast<size_t>(kLanes * row_bytes));
+        for (int64_t i = 0; i < tokens; ++i)
+            std::memcpy(copy + i * row_bytes, codes + i * half, static_cast<size_t>(half));
+        codes = copy;
     }
+    const int64_t pieces = (half + 15) / 16;
+    int64_t g = 0;
+    for (; g + 4 <= group; g += 4)
+        dot_heads<4>(codes, row_bytes, pieces, query + g * 2 * half_padded, half_padded, dots + g * stride, stride);
+    const int8_t* rest = query + g * 2 * half_padded;
+    if (group - g == 1) dot_heads<1>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
+    if (group - g == 2) dot_heads<2>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
+    if (group - g == 3) dot_heads<3>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
 }
 
 #else
 
 inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
-                      int64_t group, int32_t* dots) {
-    dot_codes_portable(codes, tokens, half, half_padded, query, group, dots);
+                      int64_t group, int32_t* dots, int64_t stride) {
+    dot_codes_portable(codes, tokens, half, half_padded, query, group, dots, stride);
 }
 
 #endif

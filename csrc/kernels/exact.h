@@ -35,7 +35,13 @@ LOUVER_INLINE void score_row(const char* key, const float* q, int64_t padded, fl
         if (norm != nullptr) squares += k * k;
         for (int g = 0; g < kHeads; ++g) dot[g] += k * load<f32x16>(q + g * padded + d);
     }
-    for (int g = 0; g < kHeads; ++g) scores[g * stride] = sum(dot[g]);
+    if (kHeads == 4) {
+        alignas(16) float sums[4];
+        sum4(dot, sums);
+        for (int g = 0; g < kHeads; ++g) scores[g * stride] = sums[g];
+    } else {
+        for (int g = 0; g < kHeads; ++g) scores[g * stride] = sum(dot[g]);
+    }
     if (norm != nullptr) *norm = std::sqrt(sum(squares)) * kNormInflation + kTinyNorm;
 }
 

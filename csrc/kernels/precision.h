@@ -39,9 +39,8 @@ inline void weigh_unit(Unit& unit) {
                 const f32x16 floor = select(sketched & (below >= kLowestExponent), exp(below), splat(0));
                 unit.lanes[2 * g] += max(ceiling - weight, weight - floor);  // how far the true weight can be
                 unit.lanes[2 * g + 1] += floor;
-                const size_t bytes = static_cast<size_t>(4 * (count < kLanes ? count : kLanes));
-                std::memcpy(uppers, &ceiling, bytes);
-                std::memcpy(estimates, &weight, bytes);
+                store_some(uppers, ceiling, count);
+                store_some(estimates, weight, count);
             }
         }
         for (int64_t g = 0; g < group; ++g) {
@@ -57,7 +56,9 @@ inline void weigh_unit(Unit& unit) {
 struct CoarseScratch {
     const uint8_t** rows;  // [frame_len]
     int32_t* live;         // [frame_len]
-    uint8_t* rounded;      // [group, frame_len]
+    int64_t stride;        // frame_len in whole vectors
+    float* weight;         // [stride], a head's weights of the live tokens
+    uint8_t* rounded;      // [group, stride]
     int32_t* total;        // [group, dims]
 };
 
@@ -80,41 +81,51 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
         uint32_t todo = bits(live & inside);
         for (; todo != 0; todo &= todo - 1) scratch.live[count++] = static_cast<int32_t>(token + __builtin_ctz(todo));
     }
-    for (int64_t i = 0; i < count; ++i) scratch.rows[i] = codes + scratch.live[i] * half;
+    const int64_t whole_count = (count + 3) / 4 * 4;
+    for (int64_t i = 0; i < whole_count; ++i) scratch.rows[i] = codes + (i < count ? scratch.live[i] : 0) * half;
     const double spread = static_cast<double>(sketch.value_spread[index]),
                  error = static_cast<double>(sketch.value_error[index]);
     float extent = 0;
     if (count > 0) {
         unit.counts[unit.rank * kNumCounts + kCoarse] += count;
         unit.counts[unit.rank * kNumCounts + kValueBlocks] += 1;
-        std::memset(scratch.total, 0, static_cast<size_t>(4 * group * dims));
-        for (int64_t d = 0; d < dims; ++d) {
-            const float reach = std::fabs(unit.value_center[d] = half_at(sketch.value_center + index * dims, d)) +
-                                8 * (unit.value_scale[d] = scale_of(sketch.value_scale[index * dims + d]));
-            extent += reach * reach;
+        f32x16 squares = {};
+        for (int64_t d = 0; d < unit.group.padded; d += kLanes) {
+            u8x16 code = {};
+            u16x16 center = {};
+            const int64_t n = dims - d < kLanes ? dims - d : kLanes;
+            std::memcpy(&code, sketch.value_scale + index * dims + d, static_cast<size_t>(n));
+            std::memcpy(&center, sketch.value_center + index * dims + d, static_cast<size_t>(2 * n));
+            const f32x16 s = select(first_lanes(n), scales_of(code), splat(0)), z = from_half(center);
+            const f32x16 reach = abs(z) + 8.0f * s;
+            squares += reach * reach;
+            store(unit.value_scale + d, s), store(unit.value_center + d, z);
         }
+        extent = sum(squares);
         extent = std::sqrt(extent) * kNormInflation;
     }
     for (int64_t g = 0; g < group; ++g) {
         const float* weights = unit.estimate + g * unit.stride + base;
         Sums& sums = unit.sum_of(g);
-        float top = 0;
-        for (int64_t i = 0; i < count; ++i) top = std::fmax(top, weights[scratch.live[i]]);
-        const float unread = sum(unit.lanes[g]);
+        f32x16 tops = {};
+        for (int64_t i = 0; i < count; ++i) scratch.weight[i] = weights[scratch.live[i]];
+        for (int64_t i = count; i < padded_dims(frame_len); ++i) scratch.weight[i] = 0;
+        for (int64_t i = 0; i < count; i += kLanes) tops = max(tops, load<f32x16>(scratch.weight + i));
+        const float top = largest(tops), unread = sum(unit.lanes[g]);
         sums.unread += static_cast<double>(unread);
         sums.total += static_cast<double>(unread);
         if (unread > 0) sums.value_miss += static_cast<double>(unread) * spread;
         sums.size += static_cast<double>(unread) * static_cast<double>(unit.mean_norm);
         const float step = top / 255, inverse = top > 1e-30f ? 255 / top : 0.0f;
-        int64_t whole = 0;
-        float missed = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const float w = weights[scratch.live[i]];
-            const auto r = static_cast<int32_t>(w * inverse + 0.5f);
-            scratch.rounded[g * frame_len + i] = static_cast<uint8_t>(r > 255 ? 255 : r);
-            whole += scratch.rounded[g * frame_len + i];
-            missed += std::fabs(w - step * static_cast<float>(scratch.rounded[g * frame_len + i]));
+        f32x16 misses = {}, wholes = {};
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const f32x16 w = load<f32x16>(scratch.weight + i);
+            const i32x16 r = round_to_int(w * inverse);
+            misses += abs(w - step * to_float(r));
+            wholes += to_float(r);
+            store_bytes(scratch.rounded + g * scratch.stride + i, r);
         }
+        const float missed = sum(misses), whole = sum(wholes);
         unit.step_of[g] = step;
         unit.whole_of[g] = static_cast<double>(step) * static_cast<double>(whole);
         // The weights used are the rounded ones: what rounding moved is part of what they can be off by.
@@ -126,13 +137,16 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
         sums.size += unit.whole_of[g] * static_cast<double>(extent);
     }
     if (count == 0) return;
-    add_codes(scratch.rows, count, half, scratch.rounded, frame_len, group, scratch.total);
+    add_codes(scratch.rows, count, half, scratch.rounded, scratch.stride, group, scratch.total);
     for (int64_t g = 0; g < group; ++g) {
         const float step = unit.step_of[g], whole = static_cast<float>(unit.whole_of[g]);
         float* out = unit.my_out() + g * unit.group.padded;
-        for (int64_t d = 0; d < unit.problem->head_dim; ++d)
-            out[d] += unit.value_scale[d] * (step * static_cast<float>(scratch.total[g * dims + d]) - 8 * whole) +
-                      unit.value_center[d] * whole;
+        const int32_t* total = scratch.total + g * dims;
+        for (int64_t d = 0; d < unit.group.padded; d += kLanes) {
+            const f32x16 coded = step * to_float(load<i32x16>(total + d)) - 8 * whole;
+            store(out + d, load<f32x16>(out + d) + (load<f32x16>(unit.value_scale + d) * coded +
+                                                    load<f32x16>(unit.value_center + d) * whole));
+        }
     }
 }
 

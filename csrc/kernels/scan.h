@@ -11,6 +11,17 @@
 
 namespace louver::LOUVER_ISA {
 
+// Small copies of whole vectors where the size allows, or a call costs more than the copy.
+LOUVER_INLINE void copy_bytes(void* to, const void* from, int64_t n) {
+    if (n == 64) {
+        std::memcpy(to, from, 64);
+    } else if (n == 32) {
+        std::memcpy(to, from, 32);
+    } else {
+        std::memcpy(to, from, static_cast<size_t>(n));
+    }
+}
+
 // SCALES[code] of sketch/layout.py: eighths of an octave; powers of two scale without rounding.
 LOUVER_INLINE f32x16 scales_of(u8x16 codes) {
     const i32x16 code = (i32x16) __builtin_convertvector(codes, u32x16);
@@ -56,13 +67,18 @@ struct Scan {
           *peak = nullptr;  // [group, padded]: (q / peak)^2 times what the metric fixes; [group, slices]
     BlockQuery block;
     float *scale = nullptr, *shifted = nullptr;  // [padded], of the current block
-    int32_t* dots = nullptr;                     // [planes, group, kLanes]
+    int64_t stride = 0;                          // frame_len in whole vectors
+    int32_t* dots = nullptr;                     // [planes, group, stride]
+    float* radii = nullptr;                      // [slices, stride]
+    uint32_t* unbounded = nullptr;               // per 16 tokens, a bit for each key without a finite bound
 };
 
 inline int64_t scan_bytes(const SketchView& sketch, int64_t group, int planes) {
     const int64_t half_padded = (sketch.dims / 2 + 15) / 16 * 16, padded = padded_dims(sketch.dims);
-    const int64_t floats = (2 + group) * padded + group * (planes * kLanes + 4 + 2 * sketch.slices);
-    return planes * group * 2 * half_padded + 4 * floats + 8 * 64;
+    const int64_t stride = padded_dims(sketch.frame_len);
+    const int64_t floats =
+        (2 + group) * padded + group * (planes * stride + 4 + 2 * sketch.slices) + (sketch.slices + 1) * stride;
+    return planes * group * 2 * half_padded + 4 * floats + 10 * 64;
 }
 
 // The scale that keeps squares in range is each slice's own: one for all would let a slice small beside another vanish.
@@ -101,7 +117,10 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
     std::memset(scan.block.query, 0, static_cast<size_t>(planes * n * 2 * scan.half_padded));
     scan.scale = reinterpret_cast<float*>(take(4 * group.padded));
     scan.shifted = reinterpret_cast<float*>(take(4 * group.padded));
-    scan.dots = reinterpret_cast<int32_t*>(take(4 * planes * n * kLanes));
+    scan.stride = padded_dims(sketch.frame_len);
+    scan.dots = reinterpret_cast<int32_t*>(take(4 * planes * n * scan.stride));
+    scan.radii = reinterpret_cast<float*>(take(4 * sketch.slices * scan.stride));
+    scan.unbounded = reinterpret_cast<uint32_t*>(take(4 * scan.stride / kLanes));
     scan.energy = reinterpret_cast<float*>(take(4 * n * group.padded));
     scan.peak = reinterpret_cast<float*>(take(4 * n * sketch.slices));
     fill_energy(scan);
@@ -111,27 +130,91 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
     return scan;
 }
 
-// Squared norms of the group's head g per slice, in the block's metric.
-inline void slice_norms(Scan& scan, int64_t g, const float* radius_unit) {
+// Inflated norms per slice, in the block's metric, times the radius units, of up to four heads from g on.
+template <int kHeads>
+LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, const float* radius_unit) {
     const SketchView& sketch = *scan.sketch;
-    const float* energy = scan.energy + g * scan.group.padded;
     const float inflation = 1 + kSafety * gamma(static_cast<float>(sketch.dims + 16));
+    const bool frame = sketch.metric == Metric::frame;
     for (int64_t s = 0; s < sketch.slices; ++s) {
         const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
-        float squares = 0;
+        alignas(16) float squares[4] = {};
         if (begin % kLanes == 0 && (end % kLanes == 0 || end == sketch.dims)) {
-            f32x16 total = {};
+            f32x16 total[4] = {};
             for (int64_t d = begin; d < end; d += kLanes) {
-                const f32x16 e = load<f32x16>(energy + d);
-                total += sketch.metric == Metric::frame ? e * load<f32x16>(scan.scale + d) : e;
+                const f32x16 scale = frame ? load<f32x16>(scan.scale + d) : splat(1);
+                for (int h = 0; h < kHeads; ++h)
+                    total[h] += load<f32x16>(scan.energy + (g + h) * scan.group.padded + d) * scale;
             }
-            squares = sum(total);
+            sum4(total, squares);
         } else {
-            for (int64_t d = begin; d < end; ++d)
-                squares += sketch.metric == Metric::frame ? energy[d] * scan.scale[d] : energy[d];
+            for (int h = 0; h < kHeads; ++h)
+                for (int64_t d = begin; d < end; ++d)
+                    squares[h] += scan.energy[(g + h) * scan.group.padded + d] * (frame ? scan.scale[d] : 1.0f);
         }
-        scan.block.reach[g * sketch.slices + s] =
-            std::sqrt(squares) * scan.peak[g * sketch.slices + s] * radius_unit[s] * inflation;
+        for (int h = 0; h < kHeads; ++h) {
+            const int64_t at = (g + h) * sketch.slices + s;
+            scan.block.reach[at] = std::sqrt(squares[h]) * scan.peak[at] * radius_unit[s] * inflation;
+        }
+    }
+}
+
+// The block's queries of up to four heads from g on. block_norm >= | |z| + 8 s |.
+template <int kHeads>
+LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const float* radius_unit) {
+    const int64_t padded = scan.group.padded, slices = scan.sketch->slices;
+    const float chain = static_cast<float>(padded / kLanes);
+    const float levels = scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
+    const float* q = scan.group.q + g * padded;
+    f32x16 peak[4] = {}, bias[4] = {}, missed[4] = {}, count[4] = {};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+        const f32x16 s = load<f32x16>(scan.scale + d), shifted = load<f32x16>(scan.shifted + d);
+        for (int h = 0; h < kHeads; ++h) {
+            const f32x16 x = load<f32x16>(q + h * padded + d);
+            peak[h] = max(peak[h], abs(x * s));
+            bias[h] += x * shifted;
+        }
+    }
+    alignas(16) float top[4], bias_sum[4], missed_sum[4], count_sum[4];
+    largest4(peak, top);
+    sum4(bias, bias_sum);
+    float step[4], inverse[4];
+    for (int h = 0; h < kHeads; ++h) {
+        const bool tiny = top[h] < 1e-30f;
+        step[h] = tiny ? 0.0f : top[h] / levels, inverse[h] = tiny ? 0.0f : levels / top[h];
+    }
+    alignas(64) int8_t rounded[2][kHeads][kMaxDims];
+    for (int64_t d = 0; d < padded; d += kLanes) {
+        const f32x16 s = load<f32x16>(scan.scale + d);
+        for (int h = 0; h < kHeads; ++h) {
+            const f32x16 p = load<f32x16>(q + h * padded + d) * s;
+            const i32x16 i = round_to_int(p * inverse[h]);
+            const f32x16 whole = to_float(i);
+            missed[h] += abs(p - step[h] * whole);
+            count[h] += whole;  // exact: far below 2^24
+            const i32x16 high = scan.planes == 2 ? (i + 128) >> 8 : i;
+            store_bytes(rounded[0][h] + d, high);
+            if (scan.planes == 2) store_bytes(rounded[1][h] + d, i - (high << 8));
+        }
+    }
+    sum4(missed, missed_sum);
+    sum4(count, count_sum);
+    slice_reach<kHeads>(scan, g, radius_unit);
+    for (int h = 0; h < kHeads; ++h) {
+        for (int plane = 0; plane < scan.planes; ++plane) {
+            int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * scan.half_padded;
+            copy_bytes(query, rounded[plane][h], scan.half);
+            copy_bytes(query + scan.half_padded, rounded[plane][h] + scan.half, scan.half);
+        }
+        const float reach = scan.group.norm[g + h] * block_norm;
+        scan.block.bias[g + h] = bias_sum[h];
+        scan.block.half_step[g + h] = 0.5f * step[h];
+        scan.block.offset[g + h] = 15 * static_cast<int32_t>(count_sum[h]);
+        scan.block.slack[g + h] =
+            7.5f * missed_sum[h] * (1 + kSafety * gamma(chain + 16)) + kSafety * gamma(chain + 52) * reach + kAbsolute;
+        float widest = 4 * reach;
+        for (int64_t s = 0; s < slices; ++s) widest += 255 * scan.block.reach[(g + h) * slices + s];
+        if (!(widest < 1e37f)) scan.block.finite = false;
     }
 }
 
@@ -145,9 +228,13 @@ inline void prepare_block(Scan& scan, int64_t index) {
     for (int64_t d = 0; d < padded; d += kLanes) {
         u8x16 code = {};
         u16x16 half = {};
-        const int64_t n = dims - d < kLanes ? dims - d : kLanes;
-        std::memcpy(&code, codes + d, static_cast<size_t>(n));
-        std::memcpy(&half, center + d, static_cast<size_t>(2 * n));
+        const int64_t n = dims - d;
+        if (n >= kLanes) {
+            code = load<u8x16>(codes + d), half = load<u16x16>(center + d);
+        } else {
+            std::memcpy(&code, codes + d, static_cast<size_t>(n));
+            std::memcpy(&half, center + d, static_cast<size_t>(2 * n));
+        }
         f32x16 s = scales_of(code);
         if (n < kLanes) s = select(first_lanes(n), s, splat(0));
         const f32x16 z = from_half(half), reach = abs(z) + 8.0f * s;
@@ -156,51 +243,13 @@ inline void prepare_block(Scan& scan, int64_t index) {
         extent += reach * reach;
     }
     const float block_norm = std::sqrt(sum(extent)) * kNormInflation + kTinyNorm;
-    const float chain = static_cast<float>(dims / kLanes);
-    alignas(64) int8_t rounded[2][kMaxDims];
-    const float levels = scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
+    const float* unit = sketch.radius_unit + index * sketch.slices;
     scan.block.finite = true;
-    for (int64_t g = 0; g < scan.group.size; ++g) {
-        const float* q = scan.group.q + g * padded;
-        f32x16 peak = {}, bias = {};
-        for (int64_t d = 0; d < padded; d += kLanes) {
-            const f32x16 x = load<f32x16>(q + d);
-            peak = max(peak, abs(x * load<f32x16>(scan.scale + d)));
-            bias += x * load<f32x16>(scan.shifted + d);
-        }
-        const float top = largest(peak);
-        const bool tiny = top < 1e-30f;
-        const float step = tiny ? 0.0f : top / levels, inverse = tiny ? 0.0f : levels / top;
-        f32x16 missed = {};
-        i32x16 count = {};
-        for (int64_t d = 0; d < padded; d += kLanes) {
-            const f32x16 p = load<f32x16>(q + d) * load<f32x16>(scan.scale + d);
-            const i32x16 i = round_to_int(p * inverse);
-            missed += abs(p - step * to_float(i));
-            count += i;
-            typedef int8_t i8x16 __attribute__((vector_size(16)));
-            const i32x16 high = scan.planes == 2 ? (i + 128) >> 8 : i;
-            store(rounded[0] + d, __builtin_convertvector(high, i8x16));
-            store(rounded[1] + d, __builtin_convertvector(i - (high << 8), i8x16));
-        }
-        for (int plane = 0; plane < scan.planes; ++plane) {
-            int8_t* query = scan.block.query + (plane * scan.group.size + g) * 2 * scan.half_padded;
-            std::memcpy(query, rounded[plane], static_cast<size_t>(scan.half));
-            std::memcpy(query + scan.half_padded, rounded[plane] + scan.half, static_cast<size_t>(scan.half));
-        }
-        int32_t total = 0;
-        for (int lane = 0; lane < kLanes; ++lane) total += count[lane];
-        const float reach = scan.group.norm[g] * block_norm;
-        scan.block.bias[g] = sum(bias);
-        scan.block.half_step[g] = 0.5f * step;
-        scan.block.offset[g] = 15 * total;
-        scan.block.slack[g] =
-            7.5f * sum(missed) * (1 + kSafety * gamma(chain + 16)) + kSafety * gamma(chain + 52) * reach + kAbsolute;
-        slice_norms(scan, g, sketch.radius_unit + index * sketch.slices);
-        float widest = 4 * reach;
-        for (int64_t s = 0; s < sketch.slices; ++s) widest += 255 * scan.block.reach[g * sketch.slices + s];
-        if (!(widest < 1e37f)) scan.block.finite = false;
-    }
+    int64_t g = 0;
+    for (; g + 4 <= scan.group.size; g += 4) round_queries<4>(scan, g, block_norm, unit);
+    if (scan.group.size - g == 1) round_queries<1>(scan, g, block_norm, unit);
+    if (scan.group.size - g == 2) round_queries<2>(scan, g, block_norm, unit);
+    if (scan.group.size - g == 3) round_queries<3>(scan, g, block_norm, unit);
 }
 
 // Radii of 16 tokens for slice s, as floats; tokens past `count` get 0.
@@ -217,10 +266,8 @@ LOUVER_INLINE f32x16 radii(const uint8_t* radius, int64_t slices, int64_t s, int
     return to_float((i32x16)x);
 }
 
-// Call body(token, unbounded, estimate, half_width) for each 16 tokens of block `index`, where the last two map a head
-// to its lanes and `unbounded` marks keys without a finite bound, whose lanes mean nothing.
-template <class Body>
-LOUVER_INLINE void scan_block(Scan& scan, int64_t index, Body body) {
+// Radii, dots and unbounded keys of block `index`, for head_bounds.
+inline void scan_block(Scan& scan, int64_t index) {
     const SketchView& sketch = *scan.sketch;
     const int64_t frame_len = sketch.frame_len, slices = sketch.slices;
     prepare_block(scan, index);
@@ -228,30 +275,43 @@ LOUVER_INLINE void scan_block(Scan& scan, int64_t index, Body body) {
     const uint8_t* radius = sketch.key_radius + index * frame_len * slices;
     for (int64_t token = 0; token < frame_len; token += kLanes) {
         const int64_t count = frame_len - token;
-        const uint8_t* at = radius + token * slices;
+        for (int64_t line = 0; line < kLanes * scan.half; line += 64)
+            __builtin_prefetch(codes + (frame_len + token) * scan.half + line);  // the next block's
         dot_codes(codes + token * scan.half, count < kLanes ? count : kLanes, scan.half, scan.half_padded,
-                  scan.block.query, scan.planes * scan.group.size, scan.dots);
+                  scan.block.query, scan.planes * scan.group.size, scan.dots + token, scan.stride);
         i32x16 unbounded = scan.block.finite ? ~first_lanes(count) : ~i32x16{};
-        constexpr int64_t kHeld = 8;
-        f32x16 held[kHeld];
         for (int64_t s = 0; s < slices; ++s) {
-            const f32x16 r = radii(at, slices, s, count);
+            const f32x16 r = radii(radius + token * slices, slices, s, count);
             unbounded |= r == static_cast<float>(kNoBound);
-            if (s < kHeld) held[s] = r;
+            store(scan.radii + s * scan.stride + token, r);
         }
-        auto estimate = [&](int64_t g) {
-            i32x16 dot = load<i32x16>(scan.dots + g * kLanes);
-            if (scan.planes == 2) dot = 256 * dot + load<i32x16>(scan.dots + (scan.group.size + g) * kLanes);
-            return scan.block.bias[g] + scan.block.half_step[g] * to_float(2 * dot - scan.block.offset[g]);
-        };
-        auto half_width = [&](int64_t g) {
-            f32x16 width = splat(scan.block.slack[g]);
-            for (int64_t s = 0; s < slices; ++s)
-                width += scan.block.reach[g * slices + s] * (s < kHeld ? held[s] : radii(at, slices, s, count));
-            return width;
-        };
-        body(token, unbounded, estimate, half_width);
+        scan.unbounded[token / kLanes] = bits(unbounded);
     }
+}
+
+// Call body(token, estimate, half_width) for each 16 tokens of the scanned block, for head g. Lanes of unbounded keys
+// mean nothing. kSlices: the sketch's, or 0 for any.
+template <int kSlices, class Body>
+LOUVER_INLINE void head_bounds_of(const Scan& scan, int64_t g, Body body) {
+    const int64_t slices = kSlices == 0 ? scan.sketch->slices : kSlices, stride = scan.stride;
+    const float bias = scan.block.bias[g], half_step = scan.block.half_step[g], slack = scan.block.slack[g];
+    const int32_t offset = scan.block.offset[g];
+    const float* reach = scan.block.reach + g * slices;
+    const int32_t *high = scan.dots + g * stride, *low = scan.dots + (scan.group.size + g) * stride;
+    for (int64_t token = 0; token < scan.sketch->frame_len; token += kLanes) {
+        i32x16 dot = load<i32x16>(high + token);
+        if (scan.planes == 2) dot = 256 * dot + load<i32x16>(low + token);
+        f32x16 width = splat(slack);
+        for (int64_t s = 0; s < slices; ++s) width += reach[s] * load<f32x16>(scan.radii + s * stride + token);
+        body(token, bias + half_step * to_float(2 * dot - offset), width);
+    }
+}
+
+template <class Body>
+LOUVER_INLINE void head_bounds(const Scan& scan, int64_t g, Body body) {
+    if (scan.sketch->slices == 1) return head_bounds_of<1>(scan, g, body);
+    if (scan.sketch->slices == 2) return head_bounds_of<2>(scan, g, body);
+    head_bounds_of<0>(scan, g, body);
 }
 
 }  // namespace louver::LOUVER_ISA

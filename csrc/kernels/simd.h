@@ -21,7 +21,8 @@ typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 
-#define LOUVER_INLINE inline __attribute__((always_inline))
+#define LOUVER_ALWAYS_INLINE __attribute__((always_inline))
+#define LOUVER_INLINE inline LOUVER_ALWAYS_INLINE
 
 template <class Vector>
 LOUVER_INLINE Vector load(const void* p) {
@@ -46,6 +47,21 @@ LOUVER_INLINE f32x16 abs(f32x16 x) { return as_float(as_int(x) & 0x7fffffff); }
 LOUVER_INLINE i32x16 first_lanes(int64_t n) {
     const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return lane < static_cast<int32_t>(n < 0 ? 0 : n > kLanes ? kLanes : n);
+}
+
+// The inverse of bits().
+LOUVER_INLINE i32x16 lanes_of(uint32_t mask) {
+    const i32x16 bit = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    return (bit & static_cast<int32_t>(mask)) != 0;
+}
+
+// Store the first n lanes.
+LOUVER_INLINE void store_some(float* p, f32x16 x, int64_t n) {
+    if (n >= kLanes) {
+        store(p, x);
+    } else {
+        std::memcpy(p, &x, static_cast<size_t>(4 * n));
+    }
 }
 
 // One bit per true lane.
@@ -75,6 +91,42 @@ LOUVER_INLINE float largest(f32x16 x) {
     float out = x[0];
     for (int i = 1; i < kLanes; ++i) out = x[i] > out ? x[i] : out;
     return out;
+#endif
+}
+
+// Four sums, or four maxima, at once: their latencies overlap.
+LOUVER_INLINE void sum4(const f32x16* x, float* out) {
+#if defined(__AVX512F__)
+    __m256 half[4];
+    for (int i = 0; i < 4; ++i)
+        half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]), _mm512_extractf32x8_ps((__m512)x[i], 1));
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+    for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
+#endif
+}
+LOUVER_INLINE void largest4(const f32x16* x, float* out) {
+#if defined(__AVX512F__)
+    __m256 half[4];
+    for (int i = 0; i < 4; ++i)
+        half[i] = _mm256_max_ps(_mm512_castps512_ps256((__m512)x[i]), _mm512_extractf32x8_ps((__m512)x[i], 1));
+    const __m256 a = _mm256_max_ps(_mm256_unpacklo_ps(half[0], half[1]), _mm256_unpackhi_ps(half[0], half[1]));
+    const __m256 b = _mm256_max_ps(_mm256_unpacklo_ps(half[2], half[3]), _mm256_unpackhi_ps(half[2], half[3]));
+    const __m256 c = _mm256_max_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
+#else
+    for (int i = 0; i < 4; ++i) out[i] = largest(x[i]);
+#endif
+}
+
+// The low byte of each lane.
+LOUVER_INLINE void store_bytes(void* p, i32x16 x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    store(p, __builtin_convertvector(x, i8x16));
 #endif
 }
 

@@ -72,10 +72,12 @@ inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sket
     mine.weights = arena.take<float>(group * kValueTile);
     mine.value_norms = arena.take<float>(kValueTile);
     mine.scan = arena.take<char>(scan_bytes(sketch, group, kStepPlanes));
-    mine.coarse.rows = arena.take<const uint8_t*>(sketch.frame_len);
-    mine.coarse.live = arena.take<int32_t>(sketch.frame_len);
-    mine.coarse.rounded = arena.take<uint8_t>(group * sketch.frame_len);
-    mine.coarse.total = arena.take<int32_t>(group * sketch.dims);
+    mine.coarse.stride = padded_dims(sketch.frame_len);
+    mine.coarse.rows = arena.take<const uint8_t*>(mine.coarse.stride);
+    mine.coarse.live = arena.take<int32_t>(mine.coarse.stride);
+    mine.coarse.weight = arena.take<float>(mine.coarse.stride);
+    mine.coarse.rounded = arena.take<uint8_t>(group * mine.coarse.stride);
+    mine.coarse.total = arena.take<int32_t>(group * sketch.dims + kLanes);
     unit.buffer = arena.take<float>(kValueTile * padded);
     unit.lanes = arena.take<f32x16>(3 * group);
     unit.mass = arena.take<double>(group);

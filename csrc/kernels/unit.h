@@ -138,34 +138,39 @@ inline void scan_unit(Unit& unit) {
     for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) {
         const int64_t base = b * sketch.frame_len;
         const bool plain = base >= rule.sinks && base + sketch.frame_len <= unit.length - rule.recent;
-        scan_block(unit.scan, sketch.block(unit.row, unit.head, b),
-                   [&](int64_t token, i32x16 decided, auto&& estimate, auto&& half_width) {
-                       const int64_t at = base + token, count = sketch.frame_len - token;
-                       if (!plain)
-                           for (int lane = 0; lane < kLanes; ++lane)
-                               if (at + lane < rule.sinks || at + lane >= unit.length - rule.recent) decided[lane] = -1;
-                       uint32_t todo = bits(decided);
-                       const bool any = todo != 0;
-                       for (; todo != 0; todo &= todo - 1)
-                           if (__builtin_ctz(todo) < count) add_token(unit, at + __builtin_ctz(todo));
-                       for (int64_t g = 0; g < unit.group.size; ++g) {
-                           const f32x16 e = estimate(g), h = half_width(g);
-                           f32x16 upper = e + h, lower = e - h, extent = abs(e) + h, top = upper;
-                           if (any) {
-                               upper = select(decided, splat(kInfinity), upper);
-                               lower = select(decided, splat(-kInfinity), lower);
-                               top = select(decided, splat(-kInfinity), top);
-                               extent = select(decided, splat(0), extent);
-                           }
-                           const size_t bytes = static_cast<size_t>(4 * (count < kLanes ? count : kLanes));
-                           std::memcpy(unit.upper + g * unit.stride + at, &upper, bytes);
-                           if (kSpillEstimates) std::memcpy(unit.estimate + g * unit.stride + at, &e, bytes);
-                           f32x16* lanes = unit.lanes + 3 * g;
-                           lanes[0] = max(lanes[0], lower);
-                           lanes[1] = max(lanes[1], top);
-                           lanes[2] = max(lanes[2], extent);
-                       }
-                   });
+        scan_block(unit.scan, sketch.block(unit.row, unit.head, b));
+        bool any = false;
+        const bool floors = rule.keep_best && rule.has_tau;  // elsewhere exact scores say more
+        for (int64_t token = 0; token < sketch.frame_len; token += kLanes) {
+            uint32_t& decided = unit.scan.unbounded[token / kLanes];
+            const int64_t count = sketch.frame_len - token < kLanes ? sketch.frame_len - token : kLanes;
+            for (int64_t i = 0; i < count && !plain; ++i)
+                if (base + token + i < rule.sinks || base + token + i >= unit.length - rule.recent) decided |= 1u << i;
+            any |= decided != 0;
+            for (uint32_t todo = decided & ((1u << count) - 1); todo != 0; todo &= todo - 1)
+                add_token(unit, base + token + __builtin_ctz(todo));
+        }
+        for (int64_t g = 0; g < unit.group.size; ++g) {
+            f32x16* lanes = unit.lanes + 3 * g;
+            f32x16 best_lower = lanes[0], top = lanes[1], widest = lanes[2];
+            float* uppers = unit.upper + g * unit.stride + base;
+            float* estimates = unit.estimate + g * unit.stride + base;
+            head_bounds(unit.scan, g, [&](int64_t token, f32x16 estimate, f32x16 width) LOUVER_ALWAYS_INLINE {
+                f32x16 upper = estimate + width, finite = upper, lower = splat(-kInfinity), extent = splat(0);
+                if (floors) lower = estimate - width;
+                if (kSpillEstimates) extent = abs(estimate) + width;
+                if (any) {
+                    const i32x16 decided = lanes_of(unit.scan.unbounded[token / kLanes]);
+                    upper = select(decided, splat(kInfinity), upper),
+                    finite = select(decided, splat(-kInfinity), finite);
+                    lower = select(decided, splat(-kInfinity), lower), extent = select(decided, splat(0), extent);
+                }
+                best_lower = max(best_lower, lower), top = max(top, finite), widest = max(widest, extent);
+                store_some(uppers + token, upper, sketch.frame_len - token);
+                if (kSpillEstimates) store_some(estimates + token, estimate, sketch.frame_len - token);
+            });
+            lanes[0] = best_lower, lanes[1] = top, lanes[2] = widest;
+        }
     }
     for (int64_t g = 0; g < unit.group.size; ++g) {
         const f32x16* lanes = unit.lanes + 3 * g;
