@@ -2,6 +2,7 @@
 
 import typer
 
+from louver.cli.bench import bench
 from louver.cli.capture import capture
 from louver.cli.demo import demo
 from louver.cli.generate import generate
@@ -18,6 +19,7 @@ app.command()(info)
 app.command()(demo)
 app.command()(generate)
 app.command()(capture)
+app.command()(bench)
 
 
 def main() -> None:

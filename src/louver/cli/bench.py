@@ -1,0 +1,69 @@
+"""``louver bench``: what a decode step's attention costs here, beside every dense way of doing it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from louver.cli.console import Stages, console, reports_errors
+from louver.cli.lists import split_list
+from louver.errors import InputFileError
+from louver.experiments.bench import Config, run
+from louver.experiments.rows import Row, write_rows
+
+
+@reports_errors
+def bench(
+    kv_lens: Annotated[str, typer.Option(help="Keys in the cache, separated by commas.")] = "2048,8192,40000",
+    shape: Annotated[str, typer.Option(help="num_q_heads,num_kv_heads,head_dim")] = "32,8,128",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
+    policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "topk:20,budget:0.01,exact:0.01",
+    device: Annotated[str, typer.Option(help="cpu")] = "cpu",
+    backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
+    repetitions: Annotated[int, typer.Option(min=1, help="Times each way is called, in turn.")] = 31,
+    seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
+) -> None:
+    """Time policies beside torch's attention and Louver's own dense kernel, in turn, and check every step in float64."""
+    if device != "cpu":
+        raise InputFileError(f"--device {device}: this command measures a CPU")
+    sizes = split_list("--shape", shape, int)
+    if len(sizes) != 3:
+        raise InputFileError(f"--shape {shape}: wanted num_q_heads,num_kv_heads,head_dim")
+    config = Config(
+        kv_lens=split_list("--kv-lens", kv_lens, int),
+        shape=(sizes[0], sizes[1], sizes[2]),
+        dtype=dtype,
+        policies=split_list("--policy", policy, str),
+        repetitions=repetitions,
+        seed=seed,
+        backend=backend,
+    )
+    with Stages() as stages:
+        rows = list(run(config, lambda done, total: stages("Measuring", done, total)))
+    if json is not None:
+        write_rows(json, rows, seed=seed)
+    console.print(report(rows))
+
+
+def report(rows: list[Row]) -> Table:
+    """A line per length and way."""
+    table = Table(box=None)
+    for name in ("keys", "way"):
+        table.add_column(name)
+    for name in ("ms", "p20-p80", "vs torch", "vs dense", "bytes", "recall", "error"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["kv_len"]),
+            row["policy"],
+            f"{row['latency_us'] / 1e3:.3f}",
+            f"{row['latency_us_p20'] / 1e3:.3f}-{row['latency_us_p80'] / 1e3:.3f}",
+            f"{row['speedup_vs_best_torch']:.2f}x",
+            f"{row['speedup_vs_dense']:.2f}x",
+            f"{row['bytes_fraction']:.3f}",
+            f"{row['recall']:.4f}" if "recall" in row else "",
+            f"{row['output_error']:.2%}" if "output_error" in row else "",
+        )
+    return table

@@ -1,0 +1,220 @@
+"""How long a decode step's attention takes on a CPU: Louver's policies beside every dense way, in one run.
+
+The calls take turns, repetition by repetition, so that whatever else the machine does falls on all alike. Each turn uses
+another copy of the cache, several of them, so that no call finds its data in the processor's last cache, as a model's other
+layers would have thrown it out. Louver is timed through the public ``attend``, Python included. Guarantee of the dense rows:
+exact.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from louver.attention.sparse import attend
+from louver.errors import InputFileError
+from louver.experiments.rows import Row
+from louver.experiments.synthetic import heavy_tailed
+from louver.index.sketch import SketchIndex
+from louver.kernels import get_ops, resolve_backend
+from louver.policies.spec import parse
+from louver.protocols import AttendResult
+from louver.shapes import group_heads
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH = ("sdpa", "eager_grouped", "eager_repeat")
+CACHE_BYTES = 96 << 20  # sketches of all copies together take more than this, three times a large last-level cache
+LARGEST_BYTES = 4 << 30  # of keys and values over all copies
+WARM_UP = 2
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to measure. Every field but ``repetitions`` changes results."""
+
+    kv_lens: tuple[int, ...] = (2048, 8192, 40000)
+    shape: tuple[int, int, int] = (32, 8, 128)  # num_q_heads, num_kv_heads, head_dim
+    dtype: str = "bfloat16"
+    policies: tuple[str, ...] = ("topk:20", "budget:0.01", "exact:0.01")
+    repetitions: int = 31
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputFileError(f"dtype={self.dtype!r} is unknown; wanted one of {', '.join(DTYPES)}")
+        if len(self.shape) != 3 or self.shape[0] % self.shape[1]:
+            raise InputFileError(f"shape={self.shape}; wanted num_q_heads,num_kv_heads,head_dim, the first a multiple")
+        for policy in self.policies:
+            parse(policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """One copy of the cache, with its index."""
+
+    q: Tensor
+    index: SketchIndex
+
+    @property
+    def keys(self) -> Tensor:
+        return self.index.store.keys
+
+    @property
+    def values(self) -> Tensor:
+        values = self.index.store.values
+        assert values is not None
+        return values
+
+
+def run(config: Config, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Row]:
+    """Rows of every length: the dense ways first, then the policies."""
+    backend = resolve_backend(config.backend)
+    total = len(config.kv_lens) * config.repetitions
+    for number, kv_len in enumerate(config.kv_lens):
+        copies = _copies(config, kv_len)
+        ways: dict[str, list[Call]] = {}
+        for copy in copies:
+            for name, call in {**_dense(copy, backend), **_sparse(copy, config.policies)}.items():
+                ways.setdefault(name, []).append(call)
+        done = number * config.repetitions
+        times = interleaved(ways, config.repetitions, lambda i, done=done: on_progress(done + i, total))
+        yield from _rows(config, kv_len, backend, times, copies[0])
+
+
+def interleaved(
+    ways: dict[str, list[Call]], repetitions: int, on_repetition: Callable[[int], None] = lambda done: None
+) -> dict[str, list[float]]:
+    """Seconds of every repetition of every way; repetition i calls the ways one after another on copy i."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for repetition in range(-WARM_UP, repetitions):
+        for name, calls in ways.items():
+            call = calls[repetition % len(calls)]
+            begin = time.perf_counter()
+            call()
+            if repetition >= 0:
+                times[name].append(time.perf_counter() - begin)
+        on_repetition(max(0, repetition + 1))
+    return times
+
+
+def _copies(config: Config, kv_len: int) -> list[Copy]:
+    num_q_heads, num_kv_heads, head_dim = config.shape
+    elements = kv_len * num_kv_heads * head_dim
+    wanted = -(-CACHE_BYTES // elements)  # a sketch takes about a byte for a key's and a value's channel
+    room = LARGEST_BYTES // (2 * elements * DTYPES[config.dtype].itemsize)
+    copies = []
+    for _ in range(max(1, min(wanted, room, 64))):
+        made = heavy_tailed(
+            kv_len,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=DTYPES[config.dtype],
+            seed=config.seed,
+        )
+        index = SketchIndex.build(made.keys, made.values, made.metric_queries, backend=config.backend)
+        copies.append(Copy(q=made.q, index=index))
+    return copies
+
+
+def _dense(copy: Copy, backend: str) -> dict[str, Call]:
+    q, keys, values, store = copy.q, copy.keys, copy.values, copy.index.store
+    scale, group_size = q.shape[2] ** -0.5, q.shape[1] // keys.shape[1]
+
+    def sdpa() -> Tensor:
+        return scaled_dot_product_attention(q[:, :, None], keys, values, scale=scale, enable_gqa=True)
+
+    def eager_grouped() -> Tensor:
+        logits = group_heads(q, keys.shape[1]) @ keys.mT
+        return torch.softmax(logits * scale, -1, dtype=torch.float32).to(q.dtype) @ values
+
+    def eager_repeat() -> Tensor:
+        logits = q[:, :, None] @ keys.repeat_interleave(group_size, 1).mT
+        return torch.softmax(logits * scale, -1, dtype=torch.float32).to(q.dtype) @ values.repeat_interleave(
+            group_size, 1
+        )
+
+    def dense() -> tuple[Tensor, Tensor]:
+        return get_ops(backend).attend_dense(q, keys, values, store.kv_start, store.kv_len, scale)
+
+    return {"sdpa": sdpa, "eager_grouped": eager_grouped, "eager_repeat": eager_repeat, "dense": dense}
+
+
+def _sparse(copy: Copy, policies: tuple[str, ...]) -> dict[str, Call]:
+    return {
+        policy: lambda policy=policy: attend(copy.q, copy.index, policy=policy, keep_best=True) for policy in policies
+    }
+
+
+def _rows(
+    config: Config, kv_len: int, backend: str, times: dict[str, list[float]], copy: Copy
+) -> Iterator[dict[str, Any]]:
+    medians = {name: percentile(t, 50) for name, t in times.items()}
+    best_torch = min(medians[name] for name in TORCH)
+    for name, seconds in times.items():
+        sparse = name in config.policies
+        row = {
+            "kv_len": kv_len,
+            "num_q_heads": config.shape[0],
+            "num_kv_heads": config.shape[1],
+            "head_dim": config.shape[2],
+            "dtype": config.dtype,
+            "batch": 1,
+            "data": "heavy_tailed",
+            "index": "sketch" if sparse else "none",
+            "backend": backend if sparse or name == "dense" else "torch",
+            "policy": parse(name).spec if sparse else name,
+            **{
+                f"latency_us{suffix}": 1e6 * percentile(seconds, p)
+                for suffix, p in (("", 50), ("_p20", 20), ("_p80", 80))
+            },
+            "speedup_vs_best_torch": best_torch / medians[name],
+            **{f"speedup_vs_{other}": medians[other] / medians[name] for other in (*TORCH, "dense")},
+        }
+        yield row | (evidence(copy, name) if sparse else {"bytes_fraction": 1.0, "guarantee": "exact"})
+
+
+def evidence(copy: Copy, policy: str) -> dict[str, Any]:
+    """What one step read and missed, against float64."""
+    q, num_kv_heads = copy.q, copy.keys.shape[1]
+    result = attend(copy.q, copy.index, policy=policy, keep_best=True, record=True)
+    scores = (group_heads(q.double(), num_kv_heads) @ copy.keys.double().mT).flatten(1, 2)
+    weights = torch.softmax(scores * q.shape[2] ** -0.5, -1)
+    truth = (group_heads(weights, num_kv_heads) @ copy.values.double()).flatten(1, 2)
+    error = (truth - result.out.double()).norm(dim=-1)
+    bound = result.certificate.double() + result.arithmetic_bound
+    relative = (error / truth.norm(dim=-1)).flatten()
+    stats = result.stats
+    return {
+        "bytes_fraction": stats.bytes_fraction,
+        "scanned_fraction": stats.fraction("scanned"),
+        "selected_fraction": stats.fraction("exact"),
+        "live_fraction": stats.fraction("coarse"),
+        **_recall(scores, result),
+        "dropped_mass_bound": result.dropped_mass_bound.mean().item(),
+        "output_error": relative.mean().item(),
+        "output_error_p99": relative.quantile(0.99).item(),
+        "output_error_bound": (bound / truth.norm(dim=-1)).median().item(),
+        "num_bound_violations": int((error > bound).sum()),
+        "guarantee": "exact" if stats.drops else "certified",
+    }
+
+
+def _recall(scores: Tensor, result: AttendResult) -> dict[str, float]:
+    """Of the keys whose true score reaches the reported tau, the share attended exactly."""
+    assert result.exact_mask is not None
+    relevant = scores >= result.tau.double()[..., None]
+    missed = int((relevant & ~result.exact_mask).sum())
+    return {"recall": 1 - missed / max(1, int(relevant.sum())), "num_false_negatives": missed}
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """Linear interpolation between order statistics."""
+    return torch.tensor(values, dtype=torch.float64).quantile(percent / 100).item()
