@@ -59,6 +59,7 @@ lint: $(ENV)
 	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(SOURCES))
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
+	$(BIN)/python scripts/tables.py --check
 
 format: $(ENV)
 	$(BIN)/ruff check --fix
