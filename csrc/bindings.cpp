@@ -121,6 +121,7 @@ Problem problem_of(const Array& q, const Array& keys, const MaybeArray& values, 
     if (values) problem.values = view_of(*values, block_table);
     problem.num_kv_heads = keys.shape(1);
     require(problem.num_q_heads % problem.num_kv_heads == 0, "num_q_heads is a multiple of num_kv_heads");
+    require(problem.group_size() <= 96, "at most 96 query heads per KV head are supported by the cpu backend");
     require(static_cast<int64_t>(keys.shape(3)) == problem.head_dim, "q and keys have the same head_dim");
     require(static_cast<int64_t>(kv_start.shape(0)) == problem.batch && kv_len.shape(0) == kv_start.shape(0),
             "kv_start and kv_len are [batch]");

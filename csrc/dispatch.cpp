@@ -12,19 +12,24 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512_bf16 {
+extern const KernelTable table;
+}
 #endif
 
 const KernelTable* const* available_kernels(int* count) {
-    static const KernelTable* found[3];
+    static const KernelTable* found[4];
     static const int num_found = [] {
         int n = 0;
 #if defined(__x86_64__)
         __builtin_cpu_init();
         auto has = [](auto... flags) { return (flags && ...); };
-        if (has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
+        const bool avx512 =
+            has(__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"),
                 __builtin_cpu_supports("avx512dq"), __builtin_cpu_supports("avx512vl"),
-                __builtin_cpu_supports("avx512vnni"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi")))
-            found[n++] = &avx512::table;
+                __builtin_cpu_supports("avx512vnni"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi"));
+        if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &avx512_bf16::table;
+        if (avx512) found[n++] = &avx512::table;
         if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"), __builtin_cpu_supports("bmi")))
             found[n++] = &avx2::table;
 #endif

@@ -24,12 +24,14 @@ struct BoundsContext {
     int64_t bytes_per_thread;
 };
 
+// Floats of a thread: its group, and room for scoring one key.
+inline int64_t bounds_floats(int64_t group, int64_t padded) {
+    return padded_dims(group_floats(group, padded) + 4 * padded + 6 * (group + 1));
+}
+
 inline int64_t bounds_bytes(const SketchView& sketch, int64_t group) {
-    const int64_t padded = padded_dims(sketch.dims);
-    return (4 * group_floats(group, padded) + scan_bytes(sketch, group, 2) + 4 * padded + 4 * (group + 1) * kLanes +
-            256) /
-               64 * 64 +
-           64;
+    const int64_t floats = bounds_floats(group, padded_dims(sketch.dims));
+    return (4 * floats + scan_bytes(sketch, group, 2) + 127) / 64 * 64;
 }
 
 // The floor of a decided key's score, for every head of the group.
@@ -37,7 +39,7 @@ inline void known_score(const BoundsContext& context, const Group& group, const 
                         int64_t index, float* work) {
     float norm;
     const auto one = static_cast<int32_t>(index);
-    score_tokens(keys, group, &one, 1, work, 1, &norm, work + group.size);
+    score_tokens<true>(keys, group, &one, 1, work, 1, &norm, work + group.size + 1, Ahead{});
     float* known = context.to->known + (row * context.problem->num_q_heads + head * group.size) * context.to->longest;
     for (int64_t g = 0; g < group.size; ++g)
         known[g * context.to->longest + index] =
@@ -76,7 +78,7 @@ inline void bounds_member(void* argument, int rank, Team& team) {
     char* memory = context.memory + rank * context.bytes_per_thread;
     float* group_memory = reinterpret_cast<float*>(memory);
     float* work = group_memory + group_floats(size, padded);
-    char* scan_memory = memory + (4 * (group_floats(size, padded) + padded + (size + 1) * kLanes) + 63) / 64 * 64;
+    char* scan_memory = memory + 4 * bounds_floats(size, padded);
     for_units(problem.batch * problem.num_kv_heads, rank, team.size(), [&](int64_t unit, bool shared) {
         const int64_t row = unit / problem.num_kv_heads, head = unit % problem.num_kv_heads;
         const Group group = read_group(problem, row, head, group_memory);

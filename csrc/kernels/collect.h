@@ -40,7 +40,10 @@ inline void collect(Unit& unit, const float* cut, const float* before) {
             }
         }
         uint32_t todo = bits(inside & reached & ~known);
-        for (; todo != 0; todo &= todo - 1) add_token(unit, i + __builtin_ctz(todo));
+        for (; todo != 0; todo &= todo - 1) {
+            add_token(unit, i + __builtin_ctz(todo));
+            unit.keys.prefetch(i + __builtin_ctz(todo));
+        }
     }
     for (int64_t g = 0; g < group; ++g) {
         if (kAlso == AlsoFind::left_out) unit.mass[g] = static_cast<double>(sum(unit.lanes[g]));

@@ -58,21 +58,20 @@ inline void fold_logits(Stream& stream, int64_t group, int64_t padded, float* lo
 inline void stream_tokens(Stream& stream, const Group& group, const Rows& keys, const Rows& values, int64_t begin,
                           int64_t end, float softmax_scale, float* memory) {
     float* scores = memory;
-    float* norms = scores + group.size * kDenseTile;
-    float* buffer = norms + kDenseTile;
-    int32_t tokens[kDenseTile];
+    float* buffer = scores + group.size * kDenseTile;
+    int32_t tokens[2 * kDenseTile];
     for (int64_t i = begin; i < end; i += kDenseTile) {
         const int64_t n = end - i < kDenseTile ? end - i : kDenseTile;
-        for (int64_t j = 0; j < n; ++j) tokens[j] = static_cast<int32_t>(i + j);
-        score_tokens(keys, group, tokens, n, scores, kDenseTile, norms, buffer);
+        const int64_t next = end - i - n < kDenseTile ? end - i - n : kDenseTile;
+        for (int64_t j = 0; j < n + next; ++j) tokens[j] = static_cast<int32_t>(i + j);
+        score_tokens<false>(keys, group, tokens, n, scores, kDenseTile, nullptr, buffer, Ahead{&values, tokens, n});
         fold_logits(stream, group.size, group.padded, scores, kDenseTile, n, softmax_scale);
-        add_tokens(values, tokens, n, scores, kDenseTile, group.size, stream.out, nullptr, buffer);
+        add_tokens(values, tokens, n, scores, kDenseTile, group.size, stream.out, nullptr, buffer,
+                   Ahead{&keys, tokens + n, next});
     }
 }
 
-inline int64_t dense_floats(int64_t group, int64_t padded) {
-    return (group + 1) * kDenseTile + kValueTile * padded + kLanes;
-}
+inline int64_t dense_floats(int64_t group, int64_t padded) { return group * kDenseTile + kValueTile * padded + kLanes; }
 
 // Fold `other` into `into`; both over the same group.
 inline void merge_streams(Stream& into, const Stream& other, int64_t group, int64_t padded) {

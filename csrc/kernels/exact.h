@@ -5,8 +5,11 @@
 
 namespace louver::LOUVER_ISA {
 
-constexpr int kHeadTile = 4;   // heads whose accumulators share the registers
-constexpr int64_t kAhead = 6;  // tokens prefetched before their turn
+constexpr int64_t kAhead = 12;  // tokens of a list touched before their turn
+
+LOUVER_INLINE void prefetch_row(const char* row, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+}
 
 // One (row, KV head)'s tokens in row coordinates: index i is position kv_start + i.
 struct Rows {
@@ -15,9 +18,7 @@ struct Rows {
     const char* at(int64_t index) const { return view->token(row, head, start + index); }
     bool direct() const { return view->stride_dim == 1 && head_dim % kLanes == 0; }
     void prefetch(int64_t index) const {
-        const char* p = at(index);
-        if (direct())
-            for (int64_t b = 0; b < head_dim * view->item_bytes; b += 64) __builtin_prefetch(p + b);
+        if (direct()) prefetch_row(at(index), head_dim * view->item_bytes);
     }
 };
 
@@ -26,68 +27,126 @@ inline float score_error(int64_t padded) {
     return kSafety * gamma(static_cast<float>(padded / kLanes + 10)) * (1 + 3e-5f);
 }
 
-template <class Type, int kHeads>
-LOUVER_INLINE void score_row(const char* key, const float* q, int64_t padded, float* scores, int64_t stride,
-                             float* norm) {
-    f32x16 dot[kHeads] = {}, squares = {};
-    for (int64_t d = 0; d < padded; d += kLanes) {
-        const f32x16 k = Type::load16(key + d * Type::bytes);
-        if (norm != nullptr) squares += k * k;
-        for (int g = 0; g < kHeads; ++g) dot[g] += k * load<f32x16>(q + g * padded + d);
+// Scores of four rows for up to four heads, and where asked for their norms; scores[g * stride + i].
+template <class Type, int kHeads, bool kNorms>
+LOUVER_INLINE void score_four(const char* const* rows, const Group& group, int64_t g, float* scores, int64_t stride,
+                              float* norms) {
+    const int64_t padded = group.padded;
+    f32x16 dot[kHeads][4] = {}, squares[4] = {};
+#if defined(__AVX512BF16__)
+    if constexpr (Type::is_bfloat16) {
+        if (group.bfloat16 !=
+            nullptr) {  // products of two bfloat16 numbers are exact in float32, two channels at a time
+            auto pairs = [](const void* p) { return (__m512bh)_mm512_loadu_si512(p); };
+            for (int64_t d = 0; d < padded; d += 2 * kLanes) {
+                __m512bh k[4];
+                for (int i = 0; i < 4; ++i) k[i] = pairs(rows[i] + d * 2);
+                for (int i = 0; i < 4 && kNorms; ++i)
+                    squares[i] = (f32x16)_mm512_dpbf16_ps((__m512)squares[i], k[i], k[i]);
+                for (int h = 0; h < kHeads; ++h) {
+                    const __m512bh q = pairs(group.bfloat16 + (g + h) * padded + d);
+                    for (int i = 0; i < 4; ++i) dot[h][i] = (f32x16)_mm512_dpbf16_ps((__m512)dot[h][i], k[i], q);
+                }
+            }
+        }
     }
-    if (kHeads == 4) {
-        alignas(16) float sums[4];
-        sum4(dot, sums);
-        for (int g = 0; g < kHeads; ++g) scores[g * stride] = sums[g];
-    } else {
-        for (int g = 0; g < kHeads; ++g) scores[g * stride] = sum(dot[g]);
-    }
-    if (norm != nullptr) *norm = std::sqrt(sum(squares)) * kNormInflation + kTinyNorm;
+    if (!Type::is_bfloat16 || group.bfloat16 == nullptr)
+#endif
+        for (int64_t d = 0; d < padded; d += kLanes) {
+            f32x16 k[4];
+            for (int i = 0; i < 4; ++i) k[i] = Type::load16(rows[i] + d * Type::bytes);
+            for (int i = 0; i < 4 && kNorms; ++i) squares[i] += k[i] * k[i];
+            for (int h = 0; h < kHeads; ++h) {
+                const f32x16 q = load<f32x16>(group.q + (g + h) * padded + d);
+                for (int i = 0; i < 4; ++i) dot[h][i] += k[i] * q;
+            }
+        }
+    for (int h = 0; h < kHeads; ++h) sum4(dot[h], scores + h * stride);
+    if (!kNorms) return;
+    alignas(16) float sums[4];
+    sum4(squares, sums);
+    for (int i = 0; i < 4; ++i) norms[i] = std::sqrt(sums[i]) * kNormInflation + kTinyNorm;
 }
 
-template <class Type>
-LOUVER_INLINE void score_heads(const char* key, const Group& group, float* scores, int64_t stride, float* norm) {
+template <class Type, bool kNorms>
+LOUVER_INLINE void score_group(const char* const* rows, const Group& group, float* scores, int64_t stride,
+                               float* norms) {
     int64_t g = 0;
-    for (; g + kHeadTile <= group.size; g += kHeadTile)
-        score_row<Type, kHeadTile>(key, group.q + g * group.padded, group.padded, scores + g * stride, stride,
-                                   g == 0 ? norm : nullptr);
-    const float* q = group.q + g * group.padded;
-    float* out = scores + g * stride;
-    float* first = g == 0 ? norm : nullptr;
-    if (group.size - g == 1) score_row<Type, 1>(key, q, group.padded, out, stride, first);
-    if (group.size - g == 2) score_row<Type, 2>(key, q, group.padded, out, stride, first);
-    if (group.size - g == 3) score_row<Type, 3>(key, q, group.padded, out, stride, first);
+    for (; g + 4 <= group.size; g += 4) {
+        if (kNorms && g == 0) score_four<Type, 4, true>(rows, group, g, scores, stride, norms);
+        if (!kNorms || g != 0) score_four<Type, 4, false>(rows, group, g, scores + g * stride, stride, nullptr);
+    }
+    const bool first = kNorms && g == 0;
+    float* to = scores + g * stride;
+    switch (group.size - g) {
+        case 1:
+            if (first) return score_four<Type, 1, true>(rows, group, g, to, stride, norms);
+            return score_four<Type, 1, false>(rows, group, g, to, stride, nullptr);
+        case 2:
+            if (first) return score_four<Type, 2, true>(rows, group, g, to, stride, norms);
+            return score_four<Type, 2, false>(rows, group, g, to, stride, nullptr);
+        case 3:
+            if (first) return score_four<Type, 3, true>(rows, group, g, to, stride, norms);
+            return score_four<Type, 3, false>(rows, group, g, to, stride, nullptr);
+    }
 }
 
-// scores[g * stride + i] and norms[i] >= |k_i| for the tokens tokens[0 .. count). buffer holds padded floats.
+// What a loop over rows touches in advance: the rows it, or the next loop, will read. Hardware prefetching stops at
+// pages.
+struct Ahead {
+    const Rows* rows = nullptr;
+    const int32_t* tokens = nullptr;  // tokens[i] is touched when row i is worked on
+    int64_t count = 0;
+    void touch(int64_t i) const {
+        if (i < count) rows->prefetch(tokens[i]);
+    }
+};
+
+// scores[g * stride + i] and, where norms is given, norms[i] >= |k_i| of the tokens tokens[0 .. count). buffer holds
+// 4 * (padded + group.size + 1) floats.
+template <bool kNorms>
 inline void score_tokens(const Rows& keys, const Group& group, const int32_t* tokens, int64_t count, float* scores,
-                         int64_t stride, float* norms, float* buffer) {
+                         int64_t stride, float* norms, float* buffer, const Ahead& ahead) {
+    const char* rows[4];
     with_dtype(keys.view->dtype, [&](auto type) {
         using Type = decltype(type);
-        for (int64_t i = 0; i < count; ++i) {
-            if (i + kAhead < count) keys.prefetch(tokens[i + kAhead]);
-            const char* key = keys.at(tokens[i]);
+        for (int64_t i = 0; i < count; i += 4) {
+            for (int64_t j = 0; j < 4; ++j) ahead.touch(i + j);
+            for (int64_t j = 0; j < 4; ++j) rows[j] = keys.at(tokens[i + j < count ? i + j : count - 1]);
+            const bool whole = i + 4 <= count;
+            float* rest = buffer + 4 * keys.padded;  // where the last few go first: what follows them is not ours
+            float *to = whole ? scores + i : rest, *norms_to = whole ? norms + i : rest + 4 * group.size;
+            const int64_t step = whole ? stride : 4;
             if (keys.direct()) {
-                score_heads<Type>(key, group, scores + i, stride, norms + i);
+                score_group<Type, kNorms>(rows, group, to, step, norms_to);
             } else {
-                load_row(*keys.view, key, keys.head_dim, keys.padded, buffer);
-                score_heads<Float32>(reinterpret_cast<const char*>(buffer), group, scores + i, stride, norms + i);
+                for (int64_t j = 0; j < 4; ++j) {
+                    load_row(*keys.view, rows[j], keys.head_dim, keys.padded, buffer + j * keys.padded);
+                    rows[j] = reinterpret_cast<const char*>(buffer + j * keys.padded);
+                }
+                score_group<Float32, kNorms>(rows, group, to, step, norms_to);
             }
-            if (!(norms[i] < kInfinity)) {
-                load_row(*keys.view, key, keys.head_dim, keys.padded, buffer);
-                norms[i] = huge_norm_above(buffer, keys.padded);
+            for (int64_t j = i; !whole && j < count; ++j) {
+                for (int64_t g = 0; g < group.size; ++g) scores[g * stride + j] = rest[4 * g + j - i];
+                if (kNorms) norms[j] = rest[4 * group.size + j - i];
+            }
+            for (int64_t j = i; kNorms && j < i + 4 && j < count; ++j) {
+                if (norms[j] < kInfinity) continue;
+                load_row(*keys.view, keys.at(tokens[j]), keys.head_dim, keys.padded, buffer);
+                norms[j] = huge_norm_above(buffer, keys.padded);
             }
         }
     });
 }
 
-template <class Type, int kHeads, int kVectors>
+template <class Type, int kHeads, int kVectors, bool kTouch>
 LOUVER_INLINE void add_tile(const char* const* rows, int64_t count, const float* weights, int64_t stride, float* out,
-                            int64_t padded, int64_t d) {
+                            int64_t padded, int64_t d, const Ahead& ahead) {
     f32x16 total[kHeads][kVectors];
     for (int g = 0; g < kHeads; ++g)
         for (int j = 0; j < kVectors; ++j) total[g][j] = splat(0);
     for (int64_t i = 0; i < count; ++i) {
+        if (kTouch) ahead.touch(i);
         f32x16 v[kVectors];
         for (int j = 0; j < kVectors; ++j) v[j] = Type::load16(rows[i] + (d + j * kLanes) * Type::bytes);
         for (int g = 0; g < kHeads; ++g) {
@@ -104,24 +163,28 @@ LOUVER_INLINE void add_tile(const char* const* rows, int64_t count, const float*
 
 template <class Type, int kHeads>
 LOUVER_INLINE void add_heads(const char* const* rows, int64_t count, const float* weights, int64_t stride, float* out,
-                             int64_t padded) {
+                             int64_t padded, bool touch, const Ahead& ahead) {
     int64_t d = 0;
-    for (; d + 4 * kLanes <= padded; d += 4 * kLanes)
-        add_tile<Type, kHeads, 4>(rows, count, weights, stride, out, padded, d);
-    for (; d < padded; d += kLanes) add_tile<Type, kHeads, 1>(rows, count, weights, stride, out, padded, d);
+    for (; d + 4 * kLanes <= padded; d += 4 * kLanes) {
+        if (touch && d == 0) add_tile<Type, kHeads, 4, true>(rows, count, weights, stride, out, padded, d, ahead);
+        if (!touch || d != 0) add_tile<Type, kHeads, 4, false>(rows, count, weights, stride, out, padded, d, ahead);
+    }
+    for (; d < padded; d += kLanes)
+        add_tile<Type, kHeads, 1, false>(rows, count, weights, stride, out, padded, d, ahead);
 }
 
 // out[g * padded + d] += sum_i weights[g * stride + i] value_i[d] over count rows of Type, padded channels each.
 template <class Type>
 LOUVER_INLINE void add_rows(const char* const* rows, int64_t count, const float* weights, int64_t stride, int64_t heads,
-                            float* out, int64_t padded) {
+                            float* out, int64_t padded, const Ahead& ahead) {
     int64_t g = 0;
-    for (; g + kHeadTile <= heads; g += kHeadTile)
-        add_heads<Type, kHeadTile>(rows, count, weights + g * stride, stride, out + g * padded, padded);
+    for (; g + 4 <= heads; g += 4)
+        add_heads<Type, 4>(rows, count, weights + g * stride, stride, out + g * padded, padded, g == 0, ahead);
     const float* w = weights + g * stride;
-    if (heads - g == 1) add_heads<Type, 1>(rows, count, w, stride, out + g * padded, padded);
-    if (heads - g == 2) add_heads<Type, 2>(rows, count, w, stride, out + g * padded, padded);
-    if (heads - g == 3) add_heads<Type, 3>(rows, count, w, stride, out + g * padded, padded);
+    float* to = out + g * padded;
+    if (heads - g == 1) add_heads<Type, 1>(rows, count, w, stride, to, padded, g == 0, ahead);
+    if (heads - g == 2) add_heads<Type, 2>(rows, count, w, stride, to, padded, g == 0, ahead);
+    if (heads - g == 3) add_heads<Type, 3>(rows, count, w, stride, to, padded, g == 0, ahead);
 }
 
 constexpr int64_t kValueTile = 32;  // rows summed at a time: they stay in the first-level cache between channel tiles
@@ -129,14 +192,14 @@ constexpr int64_t kValueTile = 32;  // rows summed at a time: they stay in the f
 // Add the weighted values of tokens[0 .. count) to out [heads, padded]. Where norms is given, norms[i] >= |v_i|.
 // buffer holds kValueTile * padded floats.
 inline void add_tokens(const Rows& values, const int32_t* tokens, int64_t count, const float* weights, int64_t stride,
-                       int64_t heads, float* out, float* norms, float* buffer) {
+                       int64_t heads, float* out, float* norms, float* buffer, const Ahead& ahead) {
     const char* rows[kValueTile];
     with_dtype(values.view->dtype, [&](auto type) {
         using Type = decltype(type);
         for (int64_t i = 0; i < count; i += kValueTile) {
             const int64_t n = count - i < kValueTile ? count - i : kValueTile;
             for (int64_t j = 0; j < n; ++j) rows[j] = values.at(tokens[i + j]);
-            for (int64_t j = i + n; j < i + n + kValueTile && j < count; ++j) values.prefetch(tokens[j]);
+            const Ahead now{ahead.rows, ahead.tokens + i, ahead.count - i};
             const bool direct = values.direct();
             for (int64_t j = 0; j < n && !direct; ++j) {
                 load_row(*values.view, rows[j], values.head_dim, values.padded, buffer + j * values.padded);
@@ -152,8 +215,8 @@ inline void add_tokens(const Rows& values, const int32_t* tokens, int64_t count,
                     }
                     norms[i + j] = std::sqrt(sum(squares)) * kNormInflation + kTinyNorm;
                 }
-            if (direct) add_rows<Type>(rows, n, weights + i, stride, heads, out, values.padded);
-            if (!direct) add_rows<Float32>(rows, n, weights + i, stride, heads, out, values.padded);
+            if (direct) add_rows<Type>(rows, n, weights + i, stride, heads, out, values.padded, now);
+            if (!direct) add_rows<Float32>(rows, n, weights + i, stride, heads, out, values.padded, now);
         }
     });
 }

@@ -6,41 +6,50 @@
 
 namespace louver::LOUVER_ISA {
 
-// Fold the list's exact keys into this thread's sums and output. keep(g, i) says whether head g attends entry i;
-// weights [group, kValueTile] is scratch.
+// Fold the list's exact keys into this thread's sums and output. keep(g, at) has a lane for each of the 16 entries from
+// `at` on, true where head g attends it; weights [group, kValueTile] is scratch.
 template <class Keep>
 inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep keep) {
     const float scale = unit.problem->softmax_scale;
-    const int64_t group = unit.group.size;
-    for (int64_t from = 0; from < unit.my_count(); from += kValueTile) {
-        const int64_t at = unit.list_begin + from;
-        const int64_t n = unit.my_count() - from < kValueTile ? unit.my_count() - from : kValueTile;
+    const int64_t group = unit.group.size, end = unit.list_begin + unit.my_count();
+    for (int64_t i = 0; i < kValueTile; ++i) value_norms[i] = 0;
+    for (int64_t at = unit.list_begin; at < end; at += kValueTile) {
+        const int64_t n = end - at < kValueTile ? end - at : kValueTile;
         for (int64_t g = 0; g < group; ++g)
             for (int64_t i = 0; i < kValueTile; i += kLanes) {
-                i32x16 kept = {};
-                for (int lane = 0; lane < kLanes && i + lane < n; ++lane) kept[lane] = keep(g, at + i + lane) ? -1 : 0;
+                const i32x16 kept = keep(g, at + i) & first_lanes(n - i);
                 const f32x16 logit = (load<f32x16>(unit.scores + g * unit.stride + at + i) - unit.top[g]) * scale;
-                f32x16 w = select(logit < kLowestExponent, splat(0), exp(logit));
+                const f32x16 w = select(logit < kLowestExponent, splat(0), exp(logit));
                 store(weights + g * kValueTile + i, select(kept, w, splat(0)));
             }
+        const int64_t next = end - at - n;  // values of the next tile
         add_tokens(unit.values, unit.tokens + at, n, weights, kValueTile, group, unit.my_out(), value_norms,
-                   unit.buffer);
+                   unit.buffer, Ahead{&unit.values, unit.tokens + at + n, next < kValueTile ? next : kValueTile});
         for (int64_t g = 0; g < group; ++g) {
-            Sums& sums = unit.sum_of(g);
-            for (int64_t i = 0; i < n; ++i) {
-                const float w = weights[g * kValueTile + i], off = scale * unit.slack(g, at + i);
-                if (w == 0 && !keep(g, at + i)) continue;
-                const float logit = std::fabs(scale * (unit.scores[g * unit.stride + at + i] - unit.top[g]));
-                // e^off - 1 <= off + off^2 for off <= 1; beyond, the bound means nothing anyway.
-                const float d = off + logit_slack(logit + off);
-                const float growth = d < 1 ? d + d * d : kInfinity;
-                const double surplus = static_cast<double>(w) * (growth + 8 * kUnit) + 1e-37;
-                sums.total += static_cast<double>(w);
-                sums.floors += static_cast<double>(d < 1 ? w * (1 - d) : 0.0f);
-                sums.rounding += surplus;
-                sums.rounding_value += surplus * static_cast<double>(value_norms[i]);
-                sums.size += static_cast<double>(w) * static_cast<double>(value_norms[i]);
+            f32x16 total = {}, floors = {}, rounding = {}, rounding_value = {}, size = {};
+            for (int64_t i = 0; i < n; i += kLanes) {
+                const i32x16 kept = keep(g, at + i) & first_lanes(n - i);
+                const f32x16 w = load<f32x16>(weights + g * kValueTile + i), norm = load<f32x16>(value_norms + i);
+                const f32x16 off = scale * unit.slacks(g, at + i);
+                const f32x16 score = load<f32x16>(unit.scores + g * unit.stride + at + i);
+                const f32x16 logit = abs((score - unit.top[g]) * scale);
+                // e^d - 1 <= d + d^2 for d <= 1; beyond, the bound means nothing anyway.
+                const f32x16 d = off + (5 * kUnit * (logit + off) + 0x1p-21f);
+                const f32x16 growth = select(d < 1.0f, d + d * d, splat(kInfinity));
+                const f32x16 surplus = select(kept, w * (growth + 8 * kUnit) + 1e-37f, splat(0));
+                total += w;
+                floors += select(kept & (d < 1.0f), w * (1 - d), splat(0));
+                rounding += surplus;
+                rounding_value += select(kept, surplus * norm, splat(0));
+                size += select(kept, w * norm, splat(0));
             }
+            Sums& sums = unit.sum_of(g);
+            alignas(16) float four[4];
+            const f32x16 vectors[4] = {total, floors, rounding, rounding_value};
+            sum4(vectors, four);
+            sums.total += static_cast<double>(four[0]), sums.floors += static_cast<double>(four[1]);
+            sums.rounding += static_cast<double>(four[2]), sums.rounding_value += static_cast<double>(four[3]);
+            sums.size += static_cast<double>(sum(size));
         }
     }
 }

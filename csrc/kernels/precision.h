@@ -189,7 +189,7 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
     unit.wait();
     weigh_unit(unit);
     int64_t* counts = unit.counts + unit.rank * kNumCounts;
-    auto keep = [](int64_t, int64_t) { return true; };
+    auto keep = [](int64_t, int64_t) LOUVER_ALWAYS_INLINE { return ~i32x16{}; };
     for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
         if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += 1;
         for (int64_t g = 0; g < group && unit.output->exact_mask != nullptr; ++g) unit.mark_exact(g, unit.tokens[i]);

@@ -6,14 +6,17 @@
 namespace louver::LOUVER_ISA {
 
 struct Group {
-    int64_t size = 0, padded = 0;  // heads, and channels padded to whole vectors
-    const float* q = nullptr;      // [size, padded]
-    const float* norm = nullptr;   // [size], at least |q|
+    int64_t size = 0, padded = 0;        // heads, and channels padded to whole vectors
+    const float* q = nullptr;            // [size, padded]
+    const float* norm = nullptr;         // [size], at least |q|
+    const uint16_t* bfloat16 = nullptr;  // [size, padded], the same queries; null where they are not exactly that
 };
 
 inline int64_t padded_dims(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
 
-inline int64_t group_floats(int64_t size, int64_t padded) { return size * padded + padded_dims(size); }
+inline int64_t group_floats(int64_t size, int64_t padded) {
+    return size * padded + padded_dims(size) + size * padded / 2 + kLanes;
+}
 
 // The norm whose squares overflowed: once more, scaled down.
 inline float huge_norm_above(const float* x, int64_t padded) {
@@ -33,6 +36,17 @@ LOUVER_INLINE float norm_above(const float* x, int64_t padded) {
     return norm < kInfinity ? norm : huge_norm_above(x, padded);
 }
 
+// Whether bfloat16 products of these queries lose nothing: the instruction takes subnormal numbers for zero, which is
+// within kAbsolute only if no query channel is one and none is huge.
+LOUVER_INLINE bool safe_as_bfloat16(const Problem& problem, const float* q, int64_t count, int64_t padded) {
+    if (problem.q_dtype != DType::bfloat16 || problem.head_dim % (2 * kLanes) != 0) return false;
+    for (int64_t i = 0; i < count * padded; ++i) {
+        const float x = std::fabs(q[i]);
+        if (!(x <= 0x1p20f) || (x != 0 && x < 0x1p-126f)) return false;
+    }
+    return true;
+}
+
 // Read the queries of KV head `head` of row `row` into memory, which holds group_floats.
 inline Group read_group(const Problem& problem, int64_t row, int64_t head, float* memory) {
     const int64_t size = problem.group_size(), dims = problem.head_dim, padded = padded_dims(dims);
@@ -46,7 +60,14 @@ inline Group read_group(const Problem& problem, int64_t row, int64_t head, float
         load_row(view, view.data + index * view.item_bytes, dims, padded, memory + g * padded);
         norms[g] = norm_above(memory + g * padded, padded);
     }
-    return Group{size, padded, memory, norms};
+    Group group{size, padded, memory, norms, nullptr};
+    if (safe_as_bfloat16(problem, memory, size, padded)) {
+        const char* from = problem.q + (row * problem.num_q_heads + head * size) * dims * 2;
+        float* copy = norms + padded_dims(size);
+        std::memcpy(copy, from, static_cast<size_t>(2 * size * dims));
+        group.bfloat16 = reinterpret_cast<const uint16_t*>(copy);
+    }
+    return group;
 }
 
 }  // namespace louver::LOUVER_ISA

@@ -29,6 +29,41 @@ inline float nth_floor(const Unit& unit, int64_t g, int64_t rank) {
     return bisect(order_of(-kInfinity), order_of(kInfinity), [&](float t) { return count(t) >= rank; });
 }
 
+// Count what was scanned, add up the ceilings of scored keys that a head above whose tau they are leaves out, and take
+// the keys no head keeps off the list.
+template <class Keep>
+inline void settle_list(Unit& unit, const float* tau, Keep keep) {
+    const int64_t group = unit.group.size, begin = unit.list_begin, end = begin + unit.my_count();
+    const float scale = unit.problem->softmax_scale;
+    int64_t* counts = unit.counts + unit.rank * kNumCounts;
+    int64_t to = begin;
+    for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(0);
+    for (int64_t at = begin; at < end; at += kLanes) {
+        const i32x16 inside = first_lanes(end - at);
+        i32x16 any = {};
+        for (int64_t g = 0; g < group; ++g) {
+            const i32x16 kept = inside & keep(g, at);
+            any |= kept;
+            const f32x16 upper = unit.uppers(g, at), score = load<f32x16>(unit.scores + g * unit.stride + at);
+            const f32x16 ceiling = min(upper, score + unit.slacks(g, at));
+            const i32x16 left_out = inside & ~kept & (upper >= tau[g]);
+            unit.lanes[g] += select(left_out, exp_above((ceiling - unit.top[g]) * scale), splat(0));
+            for (uint32_t todo = bits(kept); unit.output->exact_mask != nullptr && todo != 0; todo &= todo - 1)
+                unit.mark_exact(g, unit.tokens[at + __builtin_ctz(todo)]);
+        }
+        counts[kScanned] +=
+            __builtin_popcount(bits(inside & (load<i32x16>(unit.tokens + at) < static_cast<int32_t>(unit.closed))));
+        for (uint32_t todo = bits(any); todo != 0; todo &= todo - 1, ++to) {
+            const int64_t from = at + __builtin_ctz(todo);
+            counts[kExact] += unit.tokens[from] < unit.closed;
+            unit.tokens[to] = unit.tokens[from], unit.norms[to] = unit.norms[from];
+            for (int64_t g = 0; g < group; ++g) unit.scores[g * unit.stride + to] = unit.scores[g * unit.stride + from];
+        }
+    }
+    unit.my_count() = to - begin;
+    for (int64_t g = 0; g < group; ++g) unit.sum_of(g).left_out += static_cast<double>(sum(unit.lanes[g])) * (1 + 1e-5);
+}
+
 inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     const Rule& rule = *unit.rule;
     const int64_t group = unit.group.size;
@@ -71,31 +106,11 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
         unit.rescale[g] = static_cast<double>(scale) * (static_cast<double>(before) - static_cast<double>(unit.top[g]));
     });
     unit.wait();
-    int64_t* counts = unit.counts + unit.rank * kNumCounts;
-    auto upper_of = [&](int64_t g, int64_t entry) {
-        const int64_t token = unit.tokens[entry];
-        return token < unit.closed ? unit.upper[g * unit.stride + token] : kInfinity;
+    auto keep = [&](int64_t g, int64_t at) LOUVER_ALWAYS_INLINE {
+        const f32x16 upper = unit.uppers(g, at), score = load<f32x16>(unit.scores + g * unit.stride + at);
+        return (upper == kInfinity) | ((upper >= tau[g]) & ~(score + unit.slacks(g, at) < final_tau[g]));
     };
-    auto keep = [&](int64_t g, int64_t entry) {
-        const float upper = upper_of(g, entry);
-        if (upper == kInfinity) return true;
-        const float score = unit.scores[g * unit.stride + entry];
-        return upper >= tau[g] && !(score + unit.slack(g, entry) < final_tau[g]);
-    };
-    for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
-        bool kept = false;
-        for (int64_t g = 0; g < group; ++g) {
-            const bool mine = keep(g, i);
-            kept |= mine;
-            if (mine && unit.output->exact_mask != nullptr) unit.mark_exact(g, unit.tokens[i]);
-            const float upper = upper_of(g, i);
-            if (!mine && upper >= tau[g]) {
-                const float ceiling = std::fmin(upper, unit.scores[g * unit.stride + i] + unit.slack(g, i));
-                unit.sum_of(g).left_out += static_cast<double>(exp_above(splat((ceiling - unit.top[g]) * scale))[0]);
-            }
-        }
-        if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += kept;
-    }
+    settle_list(unit, tau, keep);
     for (int64_t g = 0; g < group; ++g)
         if (unit.mass[g] > 0) unit.sum_of(g).left_out += unit.mass[g] * std::exp(unit.rescale[g] + 1e-4) + 1e-300;
     attend_list(unit, weights, value_norms, keep);

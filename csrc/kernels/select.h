@@ -59,6 +59,32 @@ LOUVER_INLINE float bisect(int32_t low, int32_t high, Reaches reaches) {
     return float_at(low);
 }
 
+struct Range {
+    float low, high;
+};
+
+// The smallest and largest finite values.
+inline Range finite_range(const float* x, int64_t n, int64_t step) {
+    f32x16 low = splat(__builtin_inff()), high = splat(-__builtin_inff());
+    for (int64_t i = 0; i + kLanes <= n; i += step * kLanes) {
+        const f32x16 v = load<f32x16>(x + i);
+        const i32x16 finite = abs(v) < __builtin_inff();
+        low = select(finite & (v < low), v, low), high = select(finite & (v > high), v, high);
+    }
+    return Range{-largest(-low), largest(high)};
+}
+
+// Some t near the largest for which reaches(t) holds, to a thousandth of the range.
+template <class Reaches>
+LOUVER_INLINE float halve(Range range, Reaches reaches) {
+    if (!(range.low < range.high)) return range.low;
+    for (int i = 0; i < 11; ++i) {
+        const float middle = range.low + 0.5f * (range.high - range.low);
+        (reaches(middle) ? range.low : range.high) = middle;
+    }
+    return range.low;
+}
+
 constexpr int64_t kSampleVectors = 96;
 
 // Some t with at least need values at or above it, and not many more; -infinity where there are fewer.
@@ -68,11 +94,12 @@ inline float threshold_for(const float* x, int64_t n, int64_t need) {
     const int64_t step = n / (kSampleVectors * kLanes) > 1 ? n / (kSampleVectors * kLanes) : 1;
     const auto exactly = [&](float t) { return count_at_least(x, n, t) >= need; };
     if (step == 1) return bisect(low, high, exactly);
+    const Range range = finite_range(x, n, step);
     int32_t least = low, most = high;  // counts at least need at `least`, fewer above `most`
     double target = 1.02 * static_cast<double>(need) / static_cast<double>(step);
     for (int tries = 0; tries < 6; ++tries) {
         const float t =
-            bisect(low, high, [&](float at) { return static_cast<double>(count_at_least(x, n, at, step)) >= target; });
+            halve(range, [&](float at) { return static_cast<double>(count_at_least(x, n, at, step)) >= target; });
         const int64_t count = count_at_least(x, n, t);
         if (count >= need) {
             if (order_of(t) > least) least = order_of(t);

@@ -34,6 +34,15 @@ template <class Vector>
 LOUVER_INLINE void store(void* p, Vector x) {
     std::memcpy(p, &x, sizeof(x));
 }
+LOUVER_INLINE f32x16 gather(const float* from, i32x16 index) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_i32gather_ps((__m512i)index, from, 4);
+#else
+    f32x16 out;
+    for (int i = 0; i < kLanes; ++i) out[i] = from[index[i]];
+    return out;
+#endif
+}
 LOUVER_INLINE f32x16 splat(float x) { return f32x16{} + x; }
 LOUVER_INLINE i32x16 as_int(f32x16 x) { return (i32x16)x; }
 LOUVER_INLINE f32x16 as_float(i32x16 x) { return (f32x16)x; }
@@ -158,17 +167,25 @@ LOUVER_INLINE f32x16 from_half(u16x16 x) {
 }
 
 struct Float32 {
+    static constexpr bool is_bfloat16 = false;
     static constexpr int bytes = 4;
     static LOUVER_INLINE f32x16 load16(const char* p) { return load<f32x16>(p); }
 };
 struct Float16 {
+    static constexpr bool is_bfloat16 = false;
     static constexpr int bytes = 2;
     static LOUVER_INLINE f32x16 load16(const char* p) { return from_half(load<u16x16>(p)); }
 };
 struct BFloat16 {
+    static constexpr bool is_bfloat16 = true;
     static constexpr int bytes = 2;
     static LOUVER_INLINE f32x16 load16(const char* p) {
+#if defined(__AVX512F__)
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#else
         return as_float((i32x16)(__builtin_convertvector(load<u16x16>(p), u32x16) << 16));
+#endif
     }
 };
 

@@ -85,6 +85,16 @@ struct Unit {
     void lists(Body body) const {
         for (int member = 0; member < size; ++member) body(list_begin_of(member), list_count[member]);
     }
+    // Of the 16 list entries from i on; entries past the list mean nothing.
+    f32x16 slacks(int64_t g, int64_t i) const {
+        return score_error(group.padded) * group.norm[g] * load<f32x16>(norms + i) + kAbsolute;
+    }
+    // Their upper bounds: +infinity for tokens no block holds.
+    f32x16 uppers(int64_t g, int64_t i) const {
+        const i32x16 token = load<i32x16>(tokens + i);
+        const i32x16 held = (token >= 0) & (token < static_cast<int32_t>(closed));
+        return select(held, gather(upper + g * stride, held ? token : i32x16{}), splat(kInfinity));
+    }
     float slack(int64_t g, int64_t i) const { return score_error(group.padded) * group.norm[g] * norms[i] + kAbsolute; }
 };
 
@@ -112,8 +122,10 @@ inline void add_token(Unit& unit, int64_t token) {
 // Score the tokens this thread's list gained since `from`, and note their best score and lower bound.
 inline void score_list(Unit& unit, int64_t from) {
     const int64_t at = unit.list_begin + from, n = unit.my_count() - from;
-    score_tokens(unit.keys, unit.group, unit.tokens + at, n, unit.scores + at, unit.stride, unit.norms + at,
-                 unit.buffer);
+    for (int64_t i = 0; i < kAhead && i < n; ++i) unit.keys.prefetch(unit.tokens[at + i]);
+    const Ahead ahead{&unit.keys, unit.tokens + at + kAhead, n - kAhead};
+    score_tokens<true>(unit.keys, unit.group, unit.tokens + at, n, unit.scores + at, unit.stride, unit.norms + at,
+                       unit.buffer, ahead);
     for (int64_t g = 0; g < unit.group.size; ++g) {
         Extremes& extreme = unit.extreme(g);
         for (int64_t i = at; i < at + n; ++i) {
