@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
 from louver.cli.console import Stages, console, reports_errors
 from louver.cli.lists import split_list
 from louver.errors import InputFileError
+from louver.experiments import bench_gpu
 from louver.experiments.bench import Config, run
 from louver.experiments.rows import Row, write_rows
 
@@ -19,18 +21,26 @@ def bench(
     shape: Annotated[str, typer.Option(help="num_q_heads,num_kv_heads,head_dim")] = "32,8,128",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "bfloat16",
     policy: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "topk:20,budget:0.01,exact:0.01",
-    device: Annotated[str, typer.Option(help="cpu")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
     repetitions: Annotated[int, typer.Option(min=1, help="Times each way is called, in turn.")] = 31,
     seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
 ) -> None:
     """Time policies beside torch's attention and Louver's own dense kernel, in turn, and check every step in float64."""
-    if device != "cpu":
-        raise InputFileError(f"--device {device}: this command measures a CPU")
+    if device not in ("cpu", "cuda"):
+        raise InputFileError(f"--device {device}: wanted cpu or cuda")
     sizes = split_list("--shape", shape, int)
     if len(sizes) != 3:
         raise InputFileError(f"--shape {shape}: wanted num_q_heads,num_kv_heads,head_dim")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise InputFileError("--device cuda: torch sees no CUDA device here")
+        q_heads, kv_heads, head_dim = map(str, sizes)
+        arguments = ["--kv-lens", kv_lens, "--policies", policy, "--dtype", dtype, "--repetitions", str(repetitions)]
+        arguments += ["--num-q-heads", q_heads, "--num-kv-heads", kv_heads, "--head-dim", head_dim, "--seed", str(seed)]
+        bench_gpu.main(arguments + ([] if json is None else ["--json", str(json)]))
+        return
     config = Config(
         kv_lens=split_list("--kv-lens", kv_lens, int),
         shape=(sizes[0], sizes[1], sizes[2]),

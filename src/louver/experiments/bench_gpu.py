@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from louver.experiments.synthetic import heavy_tailed
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
@@ -42,35 +43,19 @@ class Config:
     baselines: tuple[str, ...] = ("sdpa_flash", "sdpa_cudnn", "dense", "eager_grouped", "eager_repeat")
 
 
-def heavy_tailed(config: Config) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Query, keys, values and 64 more queries: Gaussian keys with per-block channel offsets, 1.2% pushed along the queries."""
-    g = torch.Generator("cuda").manual_seed(config.seed)
-    dtype, dim, n = DTYPES[config.dtype], config.head_dim, config.kv_len
-    shape = (config.batch, config.num_kv_heads)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, device="cuda", generator=g)
-
-    direction = normal(*shape, 1, dim)
-    keys = torch.empty(*shape, n, dim, device="cuda", dtype=dtype)
-    values = torch.empty_like(keys)
-    for row in range(config.batch):
-        for head in range(config.num_kv_heads):
-            offsets = normal(-(-n // 128), 1, dim).expand(-1, 128, -1).reshape(-1, dim)[:n]
-            pushed = torch.rand(n, 1, device="cuda", generator=g) < 0.012
-            along = direction[row, head] / direction[row, head].norm()
-            reach = 6 * (0.7 + 0.6 * torch.rand(n, 1, device="cuda", generator=g))
-            keys[row, head] = (0.6 * normal(n, dim) + 0.8 * offsets + pushed * reach * along).to(dtype)
-            values[row, head] = (normal(n, dim)).to(dtype)
-    group = config.num_q_heads // config.num_kv_heads
-    q = (direction + 0.6 * normal(*shape, group, dim)).flatten(1, 2).to(dtype)
-    more = (direction[:, :, None] + 0.6 * normal(*shape, group, 64, dim)).flatten(1, 2).to(dtype)
-    return q, keys, values, more
-
-
 def run(config: Config) -> Iterator[dict]:
     """Yield result rows: one per baseline and policy."""
-    q, keys, values, more = heavy_tailed(config)
+    data = heavy_tailed(
+        config.kv_len,
+        num_q_heads=config.num_q_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        batch=config.batch,
+        dtype=DTYPES[config.dtype],
+        seed=config.seed,
+        device="cuda",
+    )
+    q, keys, values, more = data.q, data.keys, data.values, data.metric_queries
     scale = config.head_dim**-0.5
     index = SketchIndex.build(keys, values, more, config=SketchConfig(frame_len=config.frame_len), backend="auto")
     runs: dict[str, Callable[[], object]] = _baselines(config, q, keys, values, index, scale)
@@ -261,6 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json")
     args = parser.parse_args(arguments)
     rows = []
@@ -274,6 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
             head_dim=args.head_dim,
             dtype=args.dtype,
             repetitions=args.repetitions,
+            seed=args.seed,
         )
         for row in run(config):
             rows.append(row)
@@ -292,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
             )
         torch.cuda.empty_cache()
         if args.json:
-            write_rows(args.json, rows, seed=0)
+            write_rows(args.json, rows, seed=args.seed)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ class SketchIndex:
         self.sketch: Sketch | None = None
         self._weight: Tensor | None = None
         self._encoded_start: Tensor | None = None
+        self._settled: tuple[Tensor, int, list[int], list[int]] | None = None  # what the host knows of the last refresh
 
     @classmethod
     def build(
@@ -85,13 +86,15 @@ class SketchIndex:
                 f"num_q_heads a multiple of {keys.shape[1]} and head_dim={keys.shape[3]}"
             )
         if self.sketch is None or not self.sketch.num_blocks.any():
-            self._weight, self.sketch = query_weight(queries, keys.shape[1], valid), None
+            self._weight, self.sketch, self._settled = query_weight(queries, keys.shape[1], valid), None, None
 
     def refresh(self) -> None:
         """Encode the blocks that filled since the last call; the rest of each row stays exact."""
         keys, values = self.store.keys, self.store.values
         sketch = self._ready_sketch(keys, values)
         start, end = self.store.kv_start, self.store.kv_len
+        if self._nothing_filled(start, keys.shape[2]):
+            return
         if self._encoded_start is None or not torch.equal(self._encoded_start, start):
             sketch.num_blocks.zero_()  # blocks count from a row's first valid token
             self._encoded_start = start.clone()
@@ -101,6 +104,17 @@ class SketchIndex:
                 self._fix_value_mean(sketch, values, start, end)
             sketch.reserve(full)
             get_ops(self.backend).encode_block(keys, values, sketch, start, end)
+        if bool((end == keys.shape[2]).all()):
+            starts = start.tolist()
+            blocks = [(keys.shape[2] - s) // self.config.frame_len for s in starts]
+            self._settled = (start, _version(start), starts, blocks)
+
+    def _nothing_filled(self, start: Tensor, tokens: int) -> bool:
+        """Whether the host alone can tell that no block filled since the last refresh: then nobody waits for a GPU."""
+        if self._settled is None or self._settled[0] is not start or self._settled[1] != _version(start):
+            return False
+        frame_len = self.config.frame_len
+        return all((tokens - s) // frame_len == b for s, b in zip(*self._settled[2:], strict=True))
 
     def _ready_sketch(self, keys: Tensor, values: Tensor | None) -> Sketch:
         if self.sketch is None:
@@ -159,6 +173,22 @@ class SketchIndex:
         assert self.sketch is not None, "refresh() before the first search"
         return self.sketch
 
+    def prefix(self, kv_len: int) -> "SketchIndex":
+        """The index as it was when every row ended at kv_len: its first blocks, shared and not encoded anew.
+
+        For looking back, as experiments do; the two must not grow apart.
+        """
+        keys, values = (None if x is None else x[:, :, :kv_len] for x in (self.store.keys, self.store.values))
+        assert keys is not None
+        end = self.store.kv_len.clamp(max=kv_len)
+        store = DeviceStore.wrap(keys, values, self.store.kv_start, end)
+        earlier = SketchIndex(store, config=self.config, backend=self.backend)
+        if self.sketch is not None:
+            whole = ((end - self.store.kv_start) // self.config.frame_len).clamp_min(0).to(torch.int32)
+            earlier.sketch = replace(self.sketch, num_blocks=torch.minimum(self.sketch.num_blocks, whole))
+        earlier._weight, earlier._encoded_start = self._weight, self._encoded_start
+        return earlier
+
     @property
     def bytes_per_search(self) -> Int[Tensor, "batch num_kv_heads"]:
         """Bytes of the sketch that one search reads, whatever it finds."""
@@ -171,6 +201,7 @@ class SketchIndex:
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on; blocks that lose a token open again."""
         self.store.truncate(kv_len)
+        self._settled = None
         if self.sketch is not None:
             full = ((self.store.kv_len - self.store.kv_start) // self.config.frame_len).clamp_min(0)
             self.sketch.num_blocks = torch.minimum(self.sketch.num_blocks, full.to(torch.int32))
@@ -178,6 +209,7 @@ class SketchIndex:
     def select_batch(self, ids: Tensor) -> None:
         """Row i becomes a copy of row ids[i]."""
         self.store.select_batch(ids)
+        self._settled = None
         if self.sketch is not None:
             self.sketch = self.sketch.select_batch(ids)
         if self._weight is not None:
@@ -188,3 +220,7 @@ class SketchIndex:
     def memory_bytes(self) -> int:
         """Bytes the index adds to the cache, room to grow included."""
         return 0 if self.sketch is None else self.sketch.memory_bytes()
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

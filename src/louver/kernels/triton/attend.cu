@@ -6,6 +6,7 @@
 #define WARPS (THREADS / 32)
 #define PAIRS (D / 2)
 #define SHARES (THREADS / PAIRS)        // keys whose values are read at once
+#define BATCH (D <= 128 ? (G < 4 ? G : 4) : (G < 2 ? G : 2))  // heads merged at once, by shared memory
 #define PER_LANE (D / 64)               // pairs of channels of a key a lane holds, where a warp scores it
 
 __device__ __forceinline__ float2 unpack(u32 x) {  // two stored elements
@@ -43,8 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
     __shared__ int tokens[THREADS];                   // kept ones, packed
     __shared__ float weight[G][THREADS], extra[G][THREADS];
     __shared__ float tops[G][WARPS], peak[G];
-    __shared__ float2 merged[SHARES][PAIRS];
-    __shared__ float sums[4][G][WARPS], squares[PAIRS];
+    __shared__ float2 merged[3 * BATCH][SHARES][PAIRS];
+    __shared__ float sums[4][G][WARPS], squares[3 * BATCH];
     __shared__ int number, kept_closed;
     const int pid = blockIdx.x, row = pid / num_kv_heads, kv_head = pid % num_kv_heads;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -176,26 +177,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
             if (lane == 0) sums[j][g][warp] = one[j];
         }
     }
+    // Merge the keys of all threads, some heads at a time.
 #pragma unroll
-    for (int what = 0; what < 3 * G; ++what) {  // merge the keys of all threads, one vector at a time
-        const int g = what / 3;
-        float2 x = what % 3 == 0 ? out[g] : what % 3 == 1 ? surplus_value[g] : reach[g];
-        merged[share][pair] = x;
-        __syncthreads();
-        const i64 at = ((i64)pid * G + g) * gridDim.y + blockIdx.y;
-        if (threadIdx.x < PAIRS) {
+    for (int first = 0; first < G; first += BATCH) {
+        if (threadIdx.x < 3 * BATCH) squares[threadIdx.x] = 0.0f;
 #pragma unroll
-            for (int i = 1; i < SHARES; ++i) x.x += merged[i][pair].x, x.y += merged[i][pair].y;
-            if (what % 3 == 0) ((float2*)(part_out + at * D))[pair] = x;
-            squares[pair] = x.x * x.x + x.y * x.y;
+        for (int g = first; g < G && g < first + BATCH; ++g) {
+            merged[3 * (g - first)][share][pair] = out[g];
+            merged[3 * (g - first) + 1][share][pair] = surplus_value[g];
+            merged[3 * (g - first) + 2][share][pair] = reach[g];
         }
         __syncthreads();
-        if (warp == 0 && what % 3) {
-            float square = 0.0f;
-            for (int i = lane; i < PAIRS; i += 32) square += squares[i];
+        const int vectors = 3 * min(BATCH, G - first);
+        for (int i = threadIdx.x; i < vectors * PAIRS; i += THREADS) {  // a warp stays within a vector
+            const int what = i / PAIRS, p = i % PAIRS;
+            float2 x = merged[what][0][p];
+#pragma unroll
+            for (int j = 1; j < SHARES; ++j) x.x += merged[what][j][p].x, x.y += merged[what][j][p].y;
+            const i64 at = ((i64)pid * G + first + what / 3) * gridDim.y + blockIdx.y;
+            if (what % 3 == 0) ((float2*)(part_out + at * D))[p] = x;
+            float square = x.x * x.x + x.y * x.y;
             for (int m = 16; m; m /= 2) square += __shfl_xor_sync(FULL, square, m);
-            if (lane == 0) part_sums[at * 8 + (what % 3 == 1 ? 3 : 5)] = sqrtf(square) * 1.0001f;
+            if (lane == 0) atomicAdd(&squares[what], square);
         }
+        __syncthreads();
+        if (threadIdx.x < vectors && threadIdx.x % 3) {
+            const i64 at = ((i64)pid * G + first + threadIdx.x / 3) * gridDim.y + blockIdx.y;
+            part_sums[at * 8 + (threadIdx.x % 3 == 1 ? 3 : 5)] = sqrtf(squares[threadIdx.x]) * 1.0001f;
+        }
+        __syncthreads();
     }
     if (threadIdx.x < 4 * G) {
         const int g = threadIdx.x / 4, j = threadIdx.x % 4;

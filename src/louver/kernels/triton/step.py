@@ -4,7 +4,7 @@
     scan      stream the sketched keys, leave 16-bit upper bounds      (kv heads, splits)
     resolve   histograms, then the rule's cuts                         (query heads, chunks)  part of the scan in CUDA
     tiers     list the exact keys, attend the rest through the sketch  (kv heads, splits)     drop: list only
-    rank      the rank-th best exact score                             (kv heads, splits)     topk and budget only
+    rank      score the list, find the rank-th best                    (kv heads, splits)     topk and budget only
     exact     attend the list and the open block exactly               (kv heads, splits)
     finish    merge, certificate                                       one program per query head
 
@@ -39,7 +39,7 @@ from louver.protocols import CutRule
 from louver.shapes import Keys, PerRow, Query, Values
 from louver.sketch.layout import Sketch
 
-crossover = {"drop": 8192, "keep": 16384}  # tokens up to which dense is faster (H100); tests set it to 0
+crossover = {"drop": 28672, "keep": 28672}  # tokens up to which dense is faster (H100); tests set it to 0
 SHARE_BITS = 40
 TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
 
@@ -190,7 +190,9 @@ def step(
     capacity, frame_len, slices = sketch.capacity, sketch.config.frame_len, sketch.num_slices
     native_scan = native.serves_scan(q, sketch, group)
     scans = native.num_tiers(rows, capacity) if native_scan else num_splits(rows, capacity, 8)
-    exacts = num_splits(rows, -(-longest // 64), 4)
+    ranked = rule.drop and rule.tau is None
+    native_attend = ranked and native_scan and native.serves_cache(keys, values)
+    exacts = num_splits(rows, -(-longest // 64), 2 if native_attend else 4)
     w = workspace(q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
     need = max(1, rule.count)
     plan = Plan(
@@ -218,7 +220,6 @@ def step(
         fixed=rule.drop and rule.tau is not None,
     )
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
-    ranked = rule.drop and not plan.fixed
     # Where bounds are counted from: low enough that what a rule asks for lies above it (or the head goes dense).
     wanted = max(rule.share, need / max(1, longest))
     floor = 0.0 if plan.fixed or not native_scan or wanted > 0.05 else 0.25 if rule.drop else 0.5
@@ -241,7 +242,7 @@ def step(
         native.list_keys(plan)
     else:
         native.tiers(plan, scans)
-    _attend(plan, x, ranked, native_scan, exacts, slack_share, mask)
+    _attend(plan, x, ranked, native_attend, exacts, slack_share, mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
@@ -305,7 +306,7 @@ def _sort(plan: Plan, scans: int) -> None:
 
 
 def _attend(
-    plan: Plan, x: Tensor, ranked: bool, native_scan: bool, exacts: int, slack_share: float, mask: Tensor | None
+    plan: Plan, x: Tensor, ranked: bool, native_attend: bool, exacts: int, slack_share: float, mask: Tensor | None
 ) -> None:
     """Settle the rank, and attend the list and the open block exactly."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
@@ -326,7 +327,7 @@ def _attend(
             plan.num_kv_heads, room, scored, plan.scale,
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
-    if ranked and native_scan and native.serves_cache(plan.keys, plan.values):
+    if native_attend:
         native.attend(plan, exacts, slack_share, mask)
         return
     exact_kernel[(plan.rows, exacts)](
