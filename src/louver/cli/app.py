@@ -5,8 +5,10 @@ import typer
 from louver.cli.bench import bench
 from louver.cli.capture import capture
 from louver.cli.demo import demo
+from louver.cli.experiment import experiment
 from louver.cli.generate import generate
 from louver.cli.info import info
+from louver.cli.profile import profile
 
 app = typer.Typer(
     name="louver",
@@ -19,6 +21,8 @@ app.command()(info)
 app.command()(demo)
 app.command()(generate)
 app.command()(capture)
+app.add_typer(experiment, name="experiment")
+app.command()(profile)
 app.command()(bench)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from louver.errors import InputFileError
-from louver.experiments.demo_model import HUB_ID, demo_model, load_model
+from louver.experiments.demo_model import FOLDER_NAME, HUB_ID, demo_model, load_model
 from louver.experiments.document import python_topics, read_text
 from louver.experiments.rows import write_bytes
 
@@ -159,9 +159,7 @@ def run(
         raise InputFileError(f"layers {sorted(missing)} did not attend through transformers' attention interface")
     kv_len = ids.shape[1]
     return Capture(
-        model=config.model
-        or (HUB_ID if loaded is None else str(getattr(model.config, "name_or_path", "")))
-        or "unnamed",
+        model=_name(config, model),
         softmax_scale=recorder.softmax_scale,
         query_positions=torch.arange(max(0, kv_len - config.num_queries), kv_len),
         layers={i: recorder.layers[i] for i in chosen},
@@ -174,6 +172,11 @@ def full_attention_layers(model: Any) -> list[int]:
     from transformers.cache_utils import DynamicLayer
 
     return [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if type(layer) is DynamicLayer]
+
+
+def _name(config: Config, model: Any) -> str:
+    name = config.model or Path(getattr(model.config, "name_or_path", "")).name or "unnamed"
+    return HUB_ID if name == FOLDER_NAME else name
 
 
 def _tokens(tokenizer: Any, config: Config) -> Int[Tensor, "1 kv_len"]:

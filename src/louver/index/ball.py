@@ -7,6 +7,7 @@ AND with thresholds guessed for a score is neither here nor exact. Cost: 28% of 
 every search scans, so nothing is ever invisible.
 """
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from louver.errors import NonFiniteError, PolicyError, ShapeError
 from louver.geometry.rounding import score_slack
 from louver.geometry.subspaces import Subspaces, subspaces
-from louver.index.ball_row import BallConfig, BallRow, cut, empty_row, fold
+from louver.index.ball_row import BallConfig, BallRow, GroupBounds, cut, empty_row, fold
 from louver.index.results import Selection
 from louver.kernels.reference.bounds import summarize
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
@@ -137,7 +138,7 @@ class BallIndex:
         if rule not in RULES:
             raise PolicyError(f"rule={rule!r} is unknown; wanted 'sum' or 'ta'")
         out = self._everything(q)
-        for i, (row, bounds) in enumerate(self._row_bounds(q)):
+        for i, (row, bounds) in enumerate(self.row_bounds(q)):
             t = group_heads(tau, self.store.keys.shape[1])[i]
             keep = ~(row.add_up(bounds.upper) + bounds.total_slack[..., None] < t[..., None])
             if rule == "ta":
@@ -148,7 +149,7 @@ class BallIndex:
     def candidates_in_all(self, q: Query, tau: Tensor) -> Bool[Tensor, "batch num_q_heads longest"]:
         """The keys whose bound reaches tau [batch, num_q_heads, subspaces] in every subspace, in row coordinates."""
         out = self._everything(q)
-        for i, (row, bounds) in enumerate(self._row_bounds(q)):
+        for i, (row, bounds) in enumerate(self.row_bounds(q)):
             t = group_heads(tau, self.store.keys.shape[1])[i]
             keep = ~row.bounded[:, None].expand(-1, t.shape[1], -1)
             inside = torch.ones_like(keep)
@@ -164,12 +165,19 @@ class BallIndex:
         estimate = torch.zeros(*q.shape[:2], folded, device=q.device)
         half_width = torch.zeros_like(estimate)
         known = torch.zeros_like(estimate, dtype=torch.bool)
-        for i, (row, b) in enumerate(self._row_bounds(q)):
+        for i, (row, b) in enumerate(self.row_bounds(q)):
             place = (i, slice(None), slice(0, row.num_folded))
             estimate[place] = row.add_up(b.estimate).flatten(0, 1)
             half_width[place] = (row.add_up(b.half_width) + b.total_slack[..., None]).flatten(0, 1)
             known[place] = row.bounded.repeat_interleave(q.shape[1] // row.bounded.shape[0], 0)
         return estimate, half_width, known & torch.isfinite(estimate + half_width)
+
+    def row_bounds(self, q: Query) -> Iterator[tuple[BallRow, GroupBounds]]:
+        """Each row with the bounds of its groups, for those who want to look inside."""
+        grouped = group_heads(q, self.store.keys.shape[1])
+        for i, row in enumerate(self.rows):
+            begin = int(self.store.kv_start[i])
+            yield row, row.bounds(grouped[i], self.store.keys[i, :, begin : begin + row.num_folded], self.split)
 
     def summarize(self, q: Query, softmax_scale: float, sinks: int = 0, recent: int = 0) -> BoundSummary:
         """The bounds of this query, for a policy."""
@@ -217,12 +225,6 @@ class BallIndex:
     def memory_bytes(self) -> int:
         """Bytes the index adds to the cache."""
         return sum(x.numel() * x.element_size() for row in self.rows for x in row.tensors())
-
-    def _row_bounds(self, q: Tensor):
-        grouped = group_heads(q, self.store.keys.shape[1])
-        for i, row in enumerate(self.rows):
-            begin = int(self.store.kv_start[i])
-            yield row, row.bounds(grouped[i], self.store.keys[i, :, begin : begin + row.num_folded], self.split)
 
     def _everything(self, q: Tensor) -> Bool[Tensor, "batch num_q_heads longest"]:
         length, longest = row_lengths(self.store.kv_start, self.store.kv_len)

@@ -1,0 +1,76 @@
+"""``louver profile``: would Louver help my model at my length?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from louver.cli.console import Stages, console, errors, reports_errors
+from louver.experiments.charts import can_draw, facts, profile_png
+from louver.experiments.profile import Config, Profile, run
+from louver.experiments.rows import write_bytes, write_rows
+
+
+@reports_errors
+def profile(
+    model: Annotated[str | None, typer.Argument(help="A folder or hub name. Default: a 135M model, offline.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text file. Default: Python's own help topics.")] = None,
+    tokens: Annotated[int, typer.Option(min=128, help="Cut the text here: profile at the length you serve.")] = 4096,
+    wanted_error: Annotated[float, typer.Option(help="Mean relative output error that is good enough.")] = 0.01,
+    backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    plot: Annotated[Path, typer.Option(help="The picture to write.")] = Path("louver-profile.png"),
+) -> None:
+    """Look at every layer and head of a model reading a text, and say what Louver would read and miss."""
+    config = Config(model=model, prompt_file=prompt_file, max_tokens=tokens, wanted_error=wanted_error, backend=backend)
+    with Stages() as stages:
+        found = run(config, stages, say=lambda line: errors.print(line, style="dim"))
+    if json is not None:
+        write_rows(
+            json,
+            found.rows,
+            seed=0,
+            rows_per_layer=found.rows_per_layer,
+            rows_per_head=found.rows_per_head,
+            recommendation=found.recommendation,
+        )
+    console.print(report(found, config.shown))
+    if can_draw():
+        shown = next(row for row in found.rows if row["policy"] == config.shown)
+        write_bytes(plot, profile_png(shown, found.rows_per_layer, found.rows_per_head))
+        console.print(f"\nWrote {plot}", style="dim")
+
+
+def report(found: Profile, shown: str) -> Group:
+    """A line per layer, a line per policy, and what to do."""
+    layers = Table(title=f"{facts(found.rows[0])}: layers under {shown}", title_justify="left", box=None)
+    for name in ("layer", "keys for 90%", "keys for 99%", "bytes / dense", "mean error", "worst head"):
+        layers.add_column(name, justify="right")
+    for row in found.rows_per_layer:
+        worst = max(h["output_error"] for h in found.rows_per_head if h["layer"] == row["layer"])
+        layers.add_row(
+            str(row["layer"]),
+            f"{row['keys_for_90_fraction']:.1%}",
+            f"{row['keys_for_99_fraction']:.1%}",
+            f"{row['bytes_fraction']:.3f}",
+            f"{row['output_error']:.2%}",
+            f"{worst:.2%}",
+        )
+    policies = Table(title="\nPredicted from bytes", title_justify="left", box=None)
+    policies.add_column("policy")
+    for name in ("bytes / dense", "mean error", "attention", "whole step", "index memory"):
+        policies.add_column(name, justify="right")
+    for row in found.rows:
+        policies.add_row(
+            row["policy"],
+            f"{row['bytes_fraction']:.3f}",
+            f"{row['output_error']:.2%}",
+            f"{row['speedup_attention_predicted']:.1f}x",
+            f"{row['speedup_step_predicted']:.2f}x",
+            f"{row['index_memory_fraction']:.0%} of the cache",
+        )
+    advice = found.recommendation
+    return Group(layers, policies, Text.assemble("\nUse ", (advice["policy"], "bold"), f": {advice['why']}."))

@@ -1,0 +1,152 @@
+"""The profile: would Louver help this model at this length? One forward pass over a text, every layer and head looked at.
+
+Measured on queries of the text itself: how many keys hold 90 and 99% of a head's attention, what each candidate policy reads
+and how far off its output is. Predicted from bytes: the speed of attention, and of a whole decode step whose time goes into
+reading 16-bit weights and cache. Both are what a machine limited by memory would show, not a measurement of time.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from louver.experiments import capture as captures
+from louver.experiments.capture import Capture, Layer
+from louver.experiments.demo_model import demo_model, load_model
+from louver.experiments.precision import Figures, measure_layer, sketch_of
+from louver.experiments.pruning import ask
+from louver.kernels import resolve_backend
+from louver.policies import parse
+
+SHARES = (0.9, 0.99)  # of the mass
+WORTHWHILE_SPEEDUP = 1.05  # of a whole step; below it the simpler thing is better
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to profile. Every field but backend changes results."""
+
+    model: str | None = None  # a folder or a name on the model hub; None: the offline model
+    prompt_file: Path | None = None  # a text file; None: Python's own help topics
+    max_tokens: int = 4096  # the text is cut here: profile at the length you mean to serve
+    policies: tuple[str, ...] = ("exact:0.002", "exact:0.01", "exact:0.03")
+    shown: str = "exact:0.01"  # the policy whose figures stand in the rows per layer and head
+    wanted_error: float = 0.01  # mean relative output error that is good enough for the recommendation
+    num_queries: int = 256
+    backend: str = "auto"  # speed only
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A row per policy, rows per layer and head for the policy shown, and what to do."""
+
+    rows: list[dict[str, Any]]
+    rows_per_layer: list[dict[str, Any]]
+    rows_per_head: list[dict[str, Any]]
+    recommendation: dict[str, Any]
+
+
+def run(
+    config: Config,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    loaded: tuple[Any, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Profile:
+    """Profile a model. ``loaded`` is a (model, tokenizer) that is already there; say as in demo_model.
+
+    Raises:
+        InputFileError: the model or the text is not there, or the text is too short.
+        UnsupportedModelError: the model does not do plain softmax attention.
+        PolicyError: a policy can't be read.
+    """
+    backend = resolve_backend(config.backend)
+    specs = dict.fromkeys([*config.policies, config.shown])
+    chosen = [parse(spec) for spec in specs]
+    model, tokenizer = loaded or (demo_model(say) if config.model is None else load_model(config.model))
+    wanted = captures.Config(
+        model=config.model,
+        prompt_file=config.prompt_file,
+        max_tokens=config.max_tokens,
+        num_queries=config.num_queries,
+        every_layer=True,
+    )
+    seen = captures.run(wanted, on_progress, (model, tokenizer), say)
+    shown = parse(config.shown).spec
+    found: dict[str, list[Figures]] = {one.spec: [] for one in chosen}
+    per_layer, per_head = [], []
+    for done, (i, layer) in enumerate(seen.layers.items()):
+        for one, figures in measure_layer(seen, layer, list(chosen), backend):
+            found[one.spec].append(figures)
+        needed = _keys_needed(seen, layer)
+        memory = sketch_of(seen, layer, backend).memory_bytes() / (2 * layer.keys.numel() * 2)
+        per_layer.append(_layer_row(i, found[shown][-1], needed, memory))
+        per_head += _head_rows(i, found[shown][-1], needed)
+        on_progress("Looking at every layer", done + 1, len(seen.layers))
+    weights = sum(p.numel() for p in model.parameters()) * 2
+    cache = sum(2 * layer.keys.numel() * 2 for layer in seen.layers.values())
+    memory = sum(row["index_memory_fraction"] for row in per_layer) / len(per_layer)
+    rows = []
+    for spec, parts in found.items():
+        row: dict[str, Any] = seen.shape_fields() | {
+            "policy": spec,
+            "guarantee": "certified",
+            "backend": backend,
+            "device": "cpu",
+        }
+        row |= Figures.joined(parts).row()
+        share = row["bytes_fraction"]
+        row |= {
+            "speedup_attention_predicted": 1 / share,
+            "speedup_step_predicted": (weights + cache) / (weights + cache * share),
+            "index_memory_fraction": memory,
+        }
+        rows.append(row)
+    return Profile(rows=rows, rows_per_layer=per_layer, rows_per_head=per_head, recommendation=recommend(rows, config))
+
+
+def recommend(rows: list[dict[str, Any]], config: Config) -> dict[str, Any]:
+    """The policy to use, and why: the fewest bytes among those accurate enough, if that is worth having at all."""
+    good = [row for row in rows if row["output_error"] <= config.wanted_error]
+    best = min(good, key=lambda row: row["bytes_fraction"], default=None)
+    if best is None:
+        best = min(rows, key=lambda row: row["output_error"])
+        why = f"no policy tried has a mean output error of {config.wanted_error:.1%}; this one comes closest"
+    elif best["speedup_step_predicted"] < WORTHWHILE_SPEEDUP:
+        why = (
+            f"at {best['kv_len']:,} tokens the cache is small beside the weights: {best['policy']} would speed a step up "
+            f"{best['speedup_step_predicted']:.2f} times at most"
+        )
+        return {"policy": "dense", "instead_of": best["policy"], "why": why}
+    else:
+        why = f"the fewest bytes of those with a mean output error of at most {config.wanted_error:.1%}"
+    return {"policy": best["policy"], "why": why}
+
+
+def _keys_needed(seen: Capture, layer: Layer) -> Tensor:
+    """Share of the keys that hold SHARES of the mass, [num_q_heads, shares], mean over the measured queries."""
+    scores = ask(seen, layer).scores.unflatten(1, (layer.group_size, -1)).flatten(0, 1)  # heads queries keys
+    mass = (scores * seen.softmax_scale).softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    allowed = torch.isfinite(scores).sum(-1)
+    needed = [((mass < share).sum(-1) + 1).clamp(max=allowed) / allowed for share in SHARES]
+    return torch.stack(needed, -1).mean(1)
+
+
+def _layer_row(i: int, figures: Figures, needed: Tensor, memory: float) -> dict[str, Any]:
+    return {"layer": i} | figures.row() | _needed_fields(needed.mean(0)) | {"index_memory_fraction": memory}
+
+
+def _head_rows(i: int, figures: Figures, needed: Tensor) -> list[dict[str, Any]]:
+    errors = figures.error.view(-1, needed.shape[0]).mean(0)
+    return [
+        {"layer": i, "head": head, "output_error": float(errors[head])} | _needed_fields(needed[head])
+        for head in range(needed.shape[0])
+    ]
+
+
+def _needed_fields(needed: Tensor) -> dict[str, float]:
+    return {
+        f"keys_for_{share:.0%}_fraction".replace("%", ""): float(x) for share, x in zip(SHARES, needed, strict=True)
+    }

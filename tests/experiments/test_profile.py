@@ -1,0 +1,82 @@
+"""The profile of a tiny model, and the pictures and tables of all three experiments."""
+
+import pytest
+import torch
+
+from experiments.captures import tiny_capture
+from experiments.test_capture import Words
+from integrations import tiny_models
+from louver.experiments.charts import can_draw, precision_png, profile_png, pruning_png
+from louver.experiments.profile import Config, _keys_needed, recommend, run
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory):
+    prompt = tmp_path_factory.mktemp("prompt") / "prompt.txt"
+    prompt.write_text("the quick brown fox jumps over the lazy dog " * 8)
+    return run(Config(prompt_file=prompt, num_queries=64), loaded=(tiny_models.gemma3(), Words()))
+
+
+def test_every_layer_and_head_is_there(profile):
+    assert [row["layer"] for row in profile.rows_per_layer] == [1, 3]
+    assert [(row["layer"], row["head"]) for row in profile.rows_per_head] == [(i, h) for i in (1, 3) for h in range(4)]
+    assert [row["policy"] for row in profile.rows] == ["exact:0.002", "exact:0.01", "exact:0.03"]
+    for row in profile.rows:
+        assert row["num_bound_violations"] == 0 and row["kv_len"] == 352
+        assert row["speedup_attention_predicted"] == pytest.approx(1 / row["bytes_fraction"])
+        assert 1 <= row["speedup_step_predicted"] <= row["speedup_attention_predicted"]
+    for row in profile.rows_per_layer:
+        heads = [h for h in profile.rows_per_head if h["layer"] == row["layer"]]
+        assert row["output_error"] == pytest.approx(sum(h["output_error"] for h in heads) / 4)
+        assert row["keys_for_90_fraction"] <= row["keys_for_99_fraction"]
+
+
+def test_keys_needed_by_hand():
+    capture = tiny_capture()
+    layer = capture.layers[0]
+    needed = _keys_needed(capture, layer)
+    head = 4
+    shares = []
+    for place in range(33, 64, 16):
+        position = int(capture.query_positions[place])
+        logits = (
+            layer.keys[head // 3, : position + 1].double() @ layer.queries[head, place].double() * capture.softmax_scale
+        )
+        mass = logits.softmax(0).sort(descending=True).values
+        shares.append((int((mass.cumsum(0) < 0.9).sum()) + 1) / (position + 1))
+    assert float(needed[head, 0]) == pytest.approx(sum(shares) / len(shares))
+
+
+def test_recommendations():
+    def row(policy, error, share, step):
+        return {
+            "policy": policy,
+            "output_error": error,
+            "bytes_fraction": share,
+            "speedup_step_predicted": step,
+            "kv_len": 10,
+        }
+
+    rows = [row("a", 0.02, 0.18, 1.5), row("b", 0.008, 0.2, 1.4), row("c", 0.004, 0.25, 1.3)]
+    assert recommend(rows, Config())["policy"] == "b"
+    assert recommend(rows, Config(wanted_error=0.005))["policy"] == "c"
+    assert recommend(rows, Config(wanted_error=0.001))["policy"] == "c"
+    assert recommend([row("b", 0.008, 0.2, 1.01)], Config())["policy"] == "dense"
+
+
+def test_pictures_are_drawn_from_rows_alone(profile, tmp_path):
+    if not can_draw():
+        pytest.skip("matplotlib is not installed")
+    from louver.experiments import precision, pruning
+
+    path = tmp_path / "x.safetensors"
+    tiny_capture().save(path)
+    pruned, _ = pruning.run(pruning.Config(capture=path, subspaces=(8,), codec=("sketch",), metric=("frame",)))
+    precise, _ = precision.run(precision.Config(capture=path, policies=("exact:0.01", "fp8")))
+    pictures = [
+        pruning_png(pruned),
+        precision_png(precise),
+        profile_png(profile.rows[1], profile.rows_per_layer, profile.rows_per_head),
+    ]
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert torch.is_grad_enabled()
