@@ -40,6 +40,20 @@ TABLES = {
         ),
         where={"guarantee": "certified"},
     ),
+    "gpu": Table(
+        file="speed_h100.json",
+        columns=(
+            ("keys", "kv_len", ","),
+            ("policy", "policy", ""),
+            ("µs", "latency_us", ".0f"),
+            ("against the best dense", "speedup_vs_best_dense", ".2f"),
+            ("against SDPA flash", "speedup_vs_sdpa_flash", ".2f"),
+            ("bytes read", "bytes_fraction", ".1%"),
+            ("output error", "output_error", ".2%"),
+            ("recall", "recall", ""),
+        ),
+        where={"batch": 1, "num_kv_heads": 8, "head_dim": 128, "dtype": "float16", "backend": "triton"},
+    ),
 }
 
 

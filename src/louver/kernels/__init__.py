@@ -36,12 +36,15 @@ def available_backends(device: torch.device | str = "cpu") -> list[str]:
     return ["reference"]
 
 
-def resolve_backend(name: str, device: torch.device | str = "cpu") -> str:
+def resolve_backend(name: str, device: torch.device | str | None = None) -> str:
     """The backend a name stands for on a device; "auto" is the fastest available.
+
+    Without a device, before there are tensors, a named backend is looked for where it runs, and "auto" on the CPU.
 
     Raises:
         BackendError: the name is unknown, or the backend is not available here.
     """
+    device = device or ("cuda" if name == "triton" else "cpu")
     available = available_backends(device)
     if name == "auto":
         return available[0]

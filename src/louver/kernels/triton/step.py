@@ -39,7 +39,10 @@ from louver.protocols import CutRule
 from louver.shapes import Keys, PerRow, Query, Values
 from louver.sketch.layout import Sketch
 
-crossover = {"drop": 28672, "keep": 28672}  # tokens up to which dense is faster (H100); tests set it to 0
+# Tokens of 8 KV heads of 128 channels up to which dense is faster (H100); tests set it to 0. A cache of fewer or narrower heads
+# has less to save per token, so it takes as many bytes, and at least as many tokens.
+crossover = {"drop": 28672, "keep": 28672}
+CROSSOVER_WIDTH = 8 * 128
 SHARE_BITS = 40
 TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
 
@@ -166,7 +169,9 @@ def step(
     batch, num_q_heads, head_dim = q.shape
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     record_here = record and block_table is None
-    if longest <= crossover["drop" if rule.drop else "keep"] and not record_here and keys.dtype == values.dtype:
+    width = batch * keys.shape[1] * head_dim
+    short = longest * min(width, CROSSOVER_WIDTH) <= crossover["drop" if rule.drop else "keep"] * CROSSOVER_WIDTH
+    if short and not record_here and keys.dtype == values.dtype:
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
         return _output(out, evidence, counts, None)
     if not serves(q, sketch, keys, values):
