@@ -4,6 +4,8 @@
 the same tokens as with ``attn_implementation="sdpa"``. Nothing is approximated: the certificate is 0 and only arithmetic is left.
 """
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,7 +14,7 @@ from louver.attention.arithmetic import attention_arithmetic
 from louver.kernels.reference.product import true_float32
 from louver.kv.device import DeviceStore
 from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
-from louver.shapes import Keys, PerRow, Query, Values, check_query, group_heads
+from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, group_heads
 from louver.sketch.accounting import plain_byte_weights
 
 # Wider heads make torch leave its fused kernels when enable_gqa is set.
@@ -80,20 +82,54 @@ def attend_everything(
     kv_len = keys.shape[2]
     padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
-    num_keys = (store.kv_len - store.kv_start)[:, None].expand(q.shape[:2])
+    length = store.kv_len - store.kv_start
     with true_float32(q.device):
         out = _attend(q, keys, values, valid, softmax_scale)
-        lse = _log_sum_exp(q, keys, valid, softmax_scale)
-    return AttendResult(
-        out=out,
-        lse=lse,
-        stats=dense_stats(keys, store.kv_len - store.kv_start),
-        certificate=q.new_zeros(q.shape[:2], dtype=torch.float32),
-        arithmetic_bound=attention_arithmetic(q, keys, values, softmax_scale, num_keys),
-        dropped_mass_bound=q.new_zeros(q.shape[:2], dtype=torch.float32),
-        tau=q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
-        exact_mask=_exact_mask(q, keys, valid) if record else None,
-    )
+    mask = _exact_mask(q, keys, valid) if record else None
+    return DenseResult(q, keys, values, valid, length, softmax_scale, out, mask)
+
+
+class DenseResult(AttendResult):
+    """The result of dense attention, whose ``lse`` and ``arithmetic_bound`` are computed when they are asked for.
+
+    Each reads the whole cache once more, which would more than double the time of a dense step, and with it flatter
+    everything that is measured against one. Ask before the tokens are truncated.
+    """
+
+    def __init__(
+        self,
+        q: Query,
+        keys: Keys,
+        values: Values,
+        valid: Tensor | None,
+        length: PerRow,
+        softmax_scale: float,
+        out: Query,
+        exact_mask: Tensor | None,
+    ) -> None:
+        zeros = torch.zeros(q.shape[:2], device=q.device)
+        self.__dict__.update(
+            out=out,
+            stats=dense_stats(keys, length),
+            certificate=zeros,
+            dropped_mass_bound=zeros,
+            tau=torch.full_like(zeros, -torch.inf),
+            exact_mask=exact_mask,
+            _asked=(q, keys, values, valid, length, softmax_scale),
+        )
+
+    @cached_property
+    def lse(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride] - lazy, the same to read
+        """Natural log of the sum of e^logit over the valid keys, float32 [batch, num_q_heads]."""
+        q, keys, _, valid, _, softmax_scale = self.__dict__["_asked"]
+        with true_float32(q.device):
+            return _log_sum_exp(q, keys, valid, softmax_scale)
+
+    @cached_property
+    def arithmetic_bound(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How far ``out`` can be from real arithmetic, [batch, num_q_heads]."""
+        q, keys, values, _, length, softmax_scale = self.__dict__["_asked"]
+        return attention_arithmetic(q, keys, values, softmax_scale, length[:, None].expand(q.shape[:2]))
 
 
 def valid_tokens(kv_start: PerRow, kv_len: PerRow, longest: int) -> Tensor:
