@@ -69,3 +69,17 @@ def test_refuses_a_query_that_does_not_fit():
         attention.attend(torch.randn(2, 3, 64), 0.1)
     with pytest.raises(NonFiniteError):
         attention.attend(torch.full((2, 4, 64), torch.nan), 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kv_len", [0, 5])
+def test_a_row_without_tokens_gives_zeros(kv_len, dtype):
+    """torch's own attention gives NaN for no keys in float16, and zeros in float32."""
+    keys = torch.randn(2, 2, kv_len, 64).to(dtype)
+    q = torch.full((2, 4, 64), 1e4).to(dtype)
+    attention = DenseAttention()
+    attention.append(keys, keys)
+    result = attention.attend(q, 0.125, torch.tensor([kv_len, 0], dtype=torch.int32))
+    empty = [0] if kv_len else [0, 1]
+    assert (result.out[empty] == 0).all() and torch.isneginf(result.lse[empty]).all()
+    assert torch.isfinite(result.out).all()

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from louver.attention.arithmetic import attention_arithmetic
+from louver.attention.on_store import OnStore
 from louver.kernels.reference.product import true_float32
-from louver.kv.device import DeviceStore
 from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, group_heads
 from louver.sketch.accounting import plain_byte_weights
@@ -21,28 +21,12 @@ from louver.sketch.accounting import plain_byte_weights
 _MAX_FUSED_HEAD_DIM = 256
 
 
-class DenseAttention:
+class DenseAttention(OnStore):
     """Attends every valid key exactly. A LayerAttention.
 
     Args:
         reserve_tokens: allocate this many tokens at once (speed only, never results).
     """
-
-    def __init__(self, *, reserve_tokens: int = 0) -> None:
-        self.store = DeviceStore(reserve_tokens=reserve_tokens)
-        self.record = False
-
-    @property
-    def kv_len(self) -> int:
-        """Tokens held, padding included."""
-        return len(self.store)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Keys, Values]:
-        """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views."""
-        self.store.append(keys, values)
-        held = self.store.values
-        assert held is not None
-        return self.store.keys, held
 
     def observe(self, queries: Tensor, kv_start: PerRow | None, softmax_scale: float) -> None:
         """Note the padding of the rows; dense attention learns nothing from queries."""
@@ -85,6 +69,8 @@ def attend_everything(
     length = store.kv_len - store.kv_start
     with true_float32(q.device):
         out = _attend(q, keys, values, valid, softmax_scale)
+    if padded or not kv_len:
+        out = torch.where((length > 0)[:, None, None], out, 0.0)  # of a row without tokens torch makes what it likes
     mask = _exact_mask(q, keys, valid) if record else None
     return DenseResult(q, keys, values, valid, length, softmax_scale, out, mask)
 
