@@ -6,7 +6,7 @@ import torch
 from experiments.captures import tiny_capture
 from experiments.test_capture import Words
 from integrations import tiny_models
-from louver.experiments.charts import can_draw, precision_png, profile_png, pruning_png
+from louver.experiments.charts import precision_png, profile_png, pruning_png
 from louver.experiments.profile import Config, _keys_needed, recommend, run
 
 
@@ -65,8 +65,6 @@ def test_recommendations():
 
 
 def test_pictures_are_drawn_from_rows_alone(profile, tmp_path):
-    if not can_draw():
-        pytest.skip("matplotlib is not installed")
     from louver.experiments import precision, pruning
 
     path = tmp_path / "x.safetensors"

@@ -33,7 +33,10 @@ def layer(request):
 def prompts() -> Prompts:
     """Random tokens with a repeated passage, so that prompt lookup finds something."""
     generator = torch.Generator().manual_seed(11)
-    draw = lambda n: torch.randint(2, VOCAB, (n,), generator=generator)  # noqa: E731
+
+    def draw(n: int) -> torch.Tensor:
+        return torch.randint(2, VOCAB, (n,), generator=generator)
+
     passage = draw(9)
     rows = [torch.cat([passage, draw(14), passage, draw(5), passage[:4]]), draw(23), draw(35)]
     return Prompts(rows=rows, follow_up=draw(6)[None], pad=0)

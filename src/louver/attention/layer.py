@@ -4,23 +4,23 @@ import torch
 from torch import Tensor
 
 from louver.attention.dense import attend_everything
+from louver.attention.on_store import OnStore
 from louver.attention.sparse import attend
 from louver.errors import PolicyError
 from louver.index.ball import BallIndex
 from louver.index.flat import FlatIndex
 from louver.index.sketch import SketchIndex
 from louver.kernels import resolve_backend
-from louver.kv.device import DeviceStore
 from louver.policies.base import Dense
 from louver.policies.spec import parse
 from louver.protocols import AttendResult, KeyIndex, Policy
-from louver.shapes import Keys, PerRow, Query, Values, check_query
+from louver.shapes import PerRow, Query, check_query
 from louver.sketch.layout import SketchConfig
 
 INDEXES = ("sketch", "flat", "ball")
 
 
-class LouverAttention:
+class LouverAttention(OnStore):
     """Serves the decode steps of one layer from a sketch of its cache.
 
     Args:
@@ -40,9 +40,9 @@ class LouverAttention:
         backend: str = "auto",
         reserve_tokens: int = 0,
     ) -> None:
+        super().__init__(reserve_tokens=reserve_tokens)
         self.policy = parse(policy)
         resolve_backend(backend)
-        self.store = DeviceStore(reserve_tokens=reserve_tokens)
         self.index: KeyIndex
         if index == "sketch":
             self.index = SketchIndex(self.store, config=config, backend=backend)
@@ -52,19 +52,6 @@ class LouverAttention:
             self.index = BallIndex(self.store)
         else:
             raise PolicyError(f"index={index!r} is unknown; wanted one of {', '.join(INDEXES)}")
-        self.record = False
-
-    @property
-    def kv_len(self) -> int:
-        """Tokens held, padding included."""
-        return len(self.store)
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Keys, Values]:
-        """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views."""
-        self.store.append(keys, values)
-        held = self.store.values
-        assert held is not None
-        return self.store.keys, held
 
     def observe(self, queries: Tensor, kv_start: PerRow | None, softmax_scale: float) -> None:
         """See the prompt's queries [batch, num_q_heads, q_len, head_dim]: the first ones set the metric; then encode."""

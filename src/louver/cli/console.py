@@ -56,6 +56,7 @@ class Stages:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._running = False
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that a stage is at done of total."""
@@ -65,11 +66,14 @@ class Stages:
 
     def stop(self) -> None:
         """Clear the bars; harmless when they are gone already."""
-        self._bars.stop()
+        if self._running:  # where stderr is no terminal, every stop would print a newline
+            self._running = False
+            self._bars.stop()
 
     def __enter__(self) -> "Stages":
+        self._running = True
         self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bars.stop()
+        self.stop()

@@ -114,7 +114,8 @@ class Capture:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                names = file.keys()  # a safe_open handle can't be iterated itself
+                tensors = {name: file.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise InputFileError(f"{path}: not a safetensors file ({error})") from None
         if metadata.get("format") != FORMAT:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from louver.errors import PolicyError
 from louver.experiments.capture import Capture, Layer
 from louver.experiments.codecs import CODECS, METRICS
 from louver.experiments.pruning_methods import Answer, BallMethod, CodecMethod, Method, Question, SketchMethod, in_turn
+from louver.geometry.metric import Metric
 
 INDEXES = ("ball", "box", "sketch")
 RULES = ("sum", "ta", "and", "oracle-and")
@@ -70,8 +71,9 @@ def methods(config: Config) -> Iterator[Method]:
     if "sketch" in config.index:
         for codec, metric in product(config.codec, config.metric):
             if codec == "sketch":
-                if metric != "full" and 1 in config.planes:
-                    yield SketchMethod(metric=metric)
+                for shipped in get_args(Metric):
+                    if metric == shipped and 1 in config.planes:
+                        yield SketchMethod(metric=shipped)
             elif metric in METRICS[type(CODECS[codec])]:
                 for planes in config.planes:
                     yield CodecMethod(codec=codec, metric=metric, planes=planes)

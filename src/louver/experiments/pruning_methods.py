@@ -13,6 +13,7 @@ from torch import Tensor
 
 from louver.experiments.capture import Layer
 from louver.experiments.codecs import CODECS, Plane
+from louver.geometry.metric import Metric
 from louver.index.ball import BallIndex
 from louver.index.sketch import SketchIndex
 from louver.protocols import Guarantee
@@ -164,7 +165,7 @@ class CodecMethod:
 class SketchMethod:
     """SketchIndex as it ships, in its own float32 arithmetic."""
 
-    metric: str
+    metric: Metric
 
     @property
     def guarantee(self) -> Guarantee:
@@ -179,7 +180,7 @@ class SketchMethod:
         """The index over all keys."""
         from louver.sketch import SketchConfig
 
-        config = SketchConfig(metric=self.metric)  # type: ignore[arg-type]
+        config = SketchConfig(metric=self.metric)
         keys = layer.keys[None].float()
         return SketchIndex.build(keys, metric_queries=fitting[None], config=config, backend="reference")
 

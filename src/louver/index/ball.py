@@ -21,7 +21,6 @@ from louver.index.ball_row import BallConfig, BallRow, GroupBounds, cut, empty_r
 from louver.index.results import Selection
 from louver.kernels.reference.bounds import summarize
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
-from louver.kernels.reference.search import score
 from louver.kv.device import DeviceStore
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau, group_heads
@@ -237,17 +236,9 @@ class BallIndex:
 
     def _selection(self, q: Query, candidate: Tensor, selected: Tensor) -> Selection:
         keys = self.store.keys
-        flat = to_tokens(selected, self.store.kv_start, keys.shape[2]).flatten(0, 1)
-        indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
-        indices = flat.nonzero()[:, 1]
-        return Selection(
-            indptr=indptr,
-            indices=indices,
-            scores=score(q, keys, indptr, indices),
-            num_scanned=group_heads(candidate, keys.shape[1]).any(2).sum(-1),
-            num_keys=self.store.kv_len - self.store.kv_start,
-            num_q_heads=q.shape[1],
-        )
+        mask = to_tokens(selected, self.store.kv_start, keys.shape[2])
+        scanned = group_heads(candidate, keys.shape[1]).any(2).sum(-1)
+        return Selection.of_mask(mask, q, keys, scanned, self.store.kv_len - self.store.kv_start)
 
 
 def _spread(per_key: Tensor, q: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from louver.geometry.rounding import score_slack
 from louver.index.results import Selection
 from louver.kernels.reference.bounds import summarize
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
-from louver.kernels.reference.search import score
 from louver.kv.device import DeviceStore
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau
@@ -52,17 +51,8 @@ class FlatIndex:
         length, longest = row_lengths(self.store.kv_start, self.store.kv_len)
         scores, absolute = exact_scores(q, to_rows(keys, self.store.kv_start, length, longest))
         above = valid_rows(length, longest) & ~(scores + score_slack(absolute, q.shape[2]) < tau[..., None])
-        flat = to_tokens(above, self.store.kv_start, keys.shape[2]).flatten(0, 1)
-        indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
-        indices = flat.nonzero()[:, 1]
-        return Selection(
-            indptr=indptr,
-            indices=indices,
-            scores=score(q, keys, indptr, indices),
-            num_scanned=length[:, None].expand(-1, keys.shape[1]).long(),
-            num_keys=length,
-            num_q_heads=q.shape[1],
-        )
+        mask = to_tokens(above, self.store.kv_start, keys.shape[2])
+        return Selection.of_mask(mask, q, keys, length[:, None].expand(-1, keys.shape[1]).long(), length)
 
     def summarize(self, q: Query, softmax_scale: float, sinks: int = 0, recent: int = 0) -> BoundSummary:
         """Bounds that are the scores themselves, give or take their rounding."""

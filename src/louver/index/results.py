@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from louver.kernels.reference.search import score
+from louver.shapes import Keys, Query
+
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
@@ -20,6 +23,28 @@ class Selection:
     num_scanned: Int[Tensor, "batch num_kv_heads"]  # keys read in full because no bound ruled them out
     num_keys: Int[Tensor, " batch"]  # valid keys per row
     num_q_heads: int
+
+    @classmethod
+    def of_mask(
+        cls,
+        selected: Bool[Tensor, "batch num_q_heads kv_len"],
+        q: Query,
+        keys: Keys,
+        num_scanned: Int[Tensor, "batch num_kv_heads"],
+        num_keys: Int[Tensor, " batch"],
+    ) -> "Selection":
+        """The selection a dense mask over token positions stands for, its keys scored."""
+        flat = selected.flatten(0, 1)
+        indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
+        indices = flat.nonzero()[:, 1]
+        return cls(
+            indptr=indptr,
+            indices=indices,
+            scores=score(q, keys, indptr, indices),
+            num_scanned=num_scanned,
+            num_keys=num_keys,
+            num_q_heads=q.shape[1],
+        )
 
     def row(self, batch: int, head: int) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
         """Token positions and scores selected for one query head."""
