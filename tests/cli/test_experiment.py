@@ -29,7 +29,7 @@ def test_pruning(folder):
     ]  # fmt: skip
     assert {r["layer"] for r in document["rows_per_layer"]} == {0, 3}
     assert (folder / "louver-pruning.png").stat().st_size > 1000
-    assert "k = 10%" in done.output and "oracle-and" in done.output
+    assert "k = 10%" in done.output and "Sound rules lost 0 keys" in done.output and "oracle-and" in done.output
 
 
 def test_precision(folder):

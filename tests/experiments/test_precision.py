@@ -16,8 +16,8 @@ ALL = ("exact:0.01+unread:0", "exact:1", "budget:0.1", "dense", "drop:0.1", "dro
 def rows(tmp_path_factory):
     path = tmp_path_factory.mktemp("captures") / "tiny.safetensors"
     tiny_capture().save(path)
-    found, per_layer = run(Config(capture=path, policies=ALL))
-    assert len(per_layer) == 2 * len(found)
+    found, more = run(Config(capture=path, policies=ALL))
+    assert len(more["rows_per_layer"]) == 2 * len(found)
     return {row["policy"]: row for row in found}
 
 

@@ -28,7 +28,8 @@ def capture_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def everything(capture_file):
-    return run(Config(capture=capture_file, targets=(5.0, 0.05), **EVERYTHING))
+    rows, more = run(Config(capture=capture_file, targets=(5.0, 0.05), **EVERYTHING))
+    return rows, more["rows_per_layer"]
 
 
 def test_no_exact_rule_loses_a_key(everything):

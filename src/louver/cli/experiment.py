@@ -1,5 +1,8 @@
-"""``louver experiment``: what each bound, and each policy, is worth on a capture of a real model."""
+"""``louver experiment``: a command per experiment of the catalog, its options read off the fields of its Config."""
 
+import dataclasses
+import inspect
+import typing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,140 +11,94 @@ from rich.table import Table
 
 from louver.cli.console import Stages, console, reports_errors
 from louver.cli.lists import split_list
-from louver.experiments import precision as precisions
-from louver.experiments import pruning as prunings
-from louver.experiments.charts import can_draw, combination, facts, label, precision_png, pruning_png
-from louver.experiments.codecs import CODECS
-from louver.experiments.rows import write_bytes, write_rows
+from louver.experiments.catalog import experiments
+from louver.experiments.charts import can_draw, chart_png, facts
+from louver.experiments.experiment import Experiment
+from louver.experiments.rows import Row, write_bytes, write_rows
 
-experiment = typer.Typer(help="Measure bounds and policies on a capture (see `louver capture`).", no_args_is_help=True)
+experiment = typer.Typer(help="Measure bounds, policies and baselines on a real model.", no_args_is_help=True)
 
-CaptureFile = Annotated[Path, typer.Option(help="What `louver capture` wrote.")]
 Json = Annotated[Path | None, typer.Option(help="Write the rows to this file.")]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Add rows_per_layer to the file.")]
-Defaults = prunings.Config(capture=Path())
+Plot = Annotated[Path, typer.Option(help="The picture to write; a number is added to its name for a second one.")]
 
 
-def _list(values: tuple[Any, ...]) -> str:
-    return ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in values)
+def command_of(described: Experiment) -> Any:
+    """The function that typer makes a command of; its signature is the Config's options, --json, --per-layer and --plot."""
+    options = {f.name: f for f in dataclasses.fields(described.config) if "help" in f.metadata}
+    hints = typing.get_type_hints(described.config)
 
+    @reports_errors
+    def command(json: Path | None, per_layer: bool, plot: Path, **given: Any) -> None:
+        read = {name: _read(name, value, hints[name]) for name, value in given.items()}
+        config = described.config(**read)
+        with Stages() as stages:
+            rows, more = described.run(config, stages)
+        if json is not None:
+            kept = {name: rest for name, rest in more.items() if per_layer or name != "rows_per_layer"}
+            write_rows(json, rows, seed=getattr(config, "seed", 0), **kept)
+        console.print(table_of(described, rows))
+        console.print(f"\n{described.finding(rows)}", soft_wrap=True)
+        _draw(described, rows, plot)
 
-@experiment.command()
-@reports_errors
-def pruning(
-    capture: CaptureFile,
-    targets: Annotated[str, typer.Option(help="Keys to find: a number, or a share below 1.")] = _list(Defaults.targets),
-    index: Annotated[str, typer.Option(help="ball, box (16 consecutive keys), sketch.")] = _list(Defaults.index),
-    rule: Annotated[str, typer.Option(help="Of ball: sum, ta, and, oracle-and.")] = _list(Defaults.rule),
-    subspaces: Annotated[str, typer.Option(help="Of ball.")] = _list(Defaults.subspaces),
-    group_len: Annotated[str, typer.Option(help="Of ball: keys per group.")] = _list(Defaults.group_len),
-    grouping: Annotated[str, typer.Option(help="Of ball: kcenter, consecutive, kmeans.")] = _list(Defaults.grouping),
-    center: Annotated[str, typer.Option(help="Of ball: mean, key.")] = _list(Defaults.center),
-    slicing: Annotated[str, typer.Option(help="Of ball: contiguous, interleaved, random, rotated.")] = "contiguous",
-    codec: Annotated[str, typer.Option(help=f"Of sketch: sketch, {', '.join(CODECS)}.")] = _list(Defaults.codec),
-    planes: Annotated[str, typer.Option(help="Of sketch: bits read in one plane or two.")] = _list(Defaults.planes),
-    metric: Annotated[str, typer.Option(help="Of sketch: frame, diagonal, identity, full.")] = _list(Defaults.metric),
-    json: Json = None,
-    per_layer: PerLayer = False,
-    plot: Annotated[Path, typer.Option(help="The picture to write.")] = Path("louver-pruning.png"),
-) -> None:
-    """How many keys each bound leaves to be read, and what that costs: a row per combination of the lists given."""
-    config = prunings.Config(
-        capture=capture,
-        targets=split_list("--targets", targets, float),
-        index=split_list("--index", index, str),
-        rule=split_list("--rule", rule, str),
-        subspaces=split_list("--subspaces", subspaces, int),
-        group_len=split_list("--group-len", group_len, int),
-        grouping=split_list("--grouping", grouping, str),
-        center=split_list("--center", center, str),
-        slicing=split_list("--slicing", slicing, str),
-        codec=split_list("--codec", codec, str),
-        planes=split_list("--planes", planes, int),
-        metric=split_list("--metric", metric, str),
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(name, keyword, annotation=_annotation(f, hints[name]), default=_default(f))
+        for name, f in options.items()
+    ]
+    shared = (
+        ("json", Json, None),
+        ("per_layer", PerLayer, False),
+        ("plot", Plot, Path(f"louver-{described.name}.png")),
     )
-    with Stages() as stages:
-        rows, layer_rows = prunings.run(config, stages)
-    _write(json, rows, layer_rows if per_layer else None)
-    console.print(pruning_table(rows))
-    _draw(plot, pruning_png, rows)
+    parameters += [inspect.Parameter(name, keyword, annotation=kind, default=default) for name, kind, default in shared]
+    parameters.sort(key=lambda parameter: parameter.default is not inspect.Parameter.empty)  # required ones first
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = described.summary
+    return command
 
 
-@experiment.command()
-@reports_errors
-def precision(
-    capture: CaptureFile,
-    policies: Annotated[str, typer.Option(help="Policies, and drop:F, fp8, kivi4.")] = precisions.POLICIES,
-    backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
-    json: Json = None,
-    per_layer: PerLayer = False,
-    plot: Annotated[Path, typer.Option(help="The picture to write.")] = Path("louver-precision.png"),
-) -> None:
-    """How far the attention output is off, against the bytes a step reads: a row per policy."""
-    named = policies != precisions.POLICIES
-    config = precisions.Config(
-        capture=capture,
-        policies=split_list("--policies", policies, str),
-        backend=backend,
-        optional=() if named else precisions.Config(capture=capture).optional,
-    )
-    with Stages() as stages:
-        rows, layer_rows = precisions.run(config, stages)
-    _write(json, rows, layer_rows if per_layer else None)
-    console.print(precision_table(rows))
-    _draw(plot, precision_png, rows)
-
-
-def pruning_table(rows: list[dict[str, Any]]) -> Table:
-    """A line per combination; per target the share scanned for one head, and the bytes read."""
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    table = Table(title=f"Keys scanned, bytes read / dense   ({facts(rows[0])})", title_justify="left", box=None)
-    table.add_column("bound", no_wrap=True)
-    for target in targets:
-        table.add_column(f"k = {label(target)}", justify="right")
-    table.add_column("lost", justify="right")
-    table.add_column("guarantee")
-    for name in dict.fromkeys(combination(row) for row in rows):
-        mine = [row for row in rows if combination(row) == name]
-        cells = [f"{row['scanned_fraction']:6.1%}  {row['bytes_fraction']:.3f}" for row in mine]
-        lost = sum(row["num_false_negatives"] for row in mine)
-        table.add_row(name, *cells, f"{lost:,}", mine[0]["guarantee"])
+def table_of(described: Experiment, rows: list[dict[str, Any]]) -> Table:
+    """The experiment's table for the terminal."""
+    title = f"{described.name.capitalize()}   ({facts(rows[0])})" if rows else described.name
+    table = Table(title=title, title_justify="left", box=None)
+    for column in described.columns:
+        table.add_column(column.heading, justify="right" if column.is_number else "left", no_wrap=not table.columns)
+    for cells in described.cells(rows):
+        table.add_row(*cells)
     return table
 
 
-def precision_table(rows: list[dict[str, Any]]) -> Table:
-    """A line per policy."""
-    table = Table(title=f"Error of the attention output   ({facts(rows[0])})", title_justify="left", box=None)
-    table.add_column("policy", no_wrap=True)
-    for name in ("bytes / dense", "mean error", "p99", "median bound", "violations"):
-        table.add_column(name, justify="right")
-    table.add_column("guarantee")
-    for row in rows:
-        bound, violations = row["output_error_bound_median"], row["num_bound_violations"]
-        table.add_row(
-            row["policy"],
-            f"{row['bytes_fraction']:.3f}",
-            f"{row['output_error']:.2%}",
-            f"{row['output_error_p99']:.2%}",
-            "" if bound is None else f"{bound:.2g}",
-            "" if violations is None else f"{violations}",
-            row["guarantee"],
-        )
-    return table
+def _annotation(f: dataclasses.Field, hint: Any) -> Any:
+    """Lists are text on the command line; everything else is what it is."""
+    kind = str if typing.get_origin(hint) is tuple else hint
+    return Annotated[kind, typer.Option(help=f.metadata["help"])]
 
 
-def _write(path: Path | None, rows: list[dict[str, Any]], layer_rows: list[dict[str, Any]] | None) -> None:
-    if path is None:
-        return
-    if layer_rows is None:
-        write_rows(path, rows, seed=0)
-    else:
-        write_rows(path, rows, seed=0, rows_per_layer=layer_rows)
+def _default(f: dataclasses.Field) -> Any:
+    if f.default is dataclasses.MISSING:
+        return inspect.Parameter.empty
+    if isinstance(f.default, tuple):
+        return ",".join(f"{x:g}" if isinstance(x, float) else str(x) for x in f.default)
+    return f.default
 
 
-def _draw(path: Path, draw: Any, *rows: Any) -> None:
+def _read(name: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is not tuple or isinstance(value, tuple):
+        return value
+    return split_list("--" + name.replace("_", "-"), value, typing.get_args(hint)[0])
+
+
+def _draw(described: Experiment, rows: list[Row] | Any, plot: Path) -> None:
     if not can_draw():
         console.print("No picture: matplotlib is not installed.", style="dim")
         return
-    write_bytes(path, draw(*rows))
-    console.print(f"\nWrote {path}", style="dim")
+    for number, chart in enumerate(described.charts):
+        path = plot if not number else plot.with_stem(f"{plot.stem}-{number + 1}")
+        write_bytes(path, chart_png(chart, rows))
+        console.print(f"Wrote {path}", style="dim")
+
+
+for _described in experiments().values():
+    experiment.command(_described.name)(command_of(_described))

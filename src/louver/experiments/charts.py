@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from louver.experiments.chart import Axis, Chart
 from louver.experiments.plots import ACCENT, INK, QUIET, RULE
 from louver.experiments.rows import Row
 
+_COLORS = ("#1f5f92", ACCENT, "#4d92bd", "#3f7d4e", "#8a5fa8", "#a67c00", "#66727f", "#0b2e55")
 _BLUES = ("#9cc4dc", "#4d92bd", "#1f5f92", "#0b2e55")
 
 
@@ -17,53 +19,47 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def pruning_png(rows: Sequence[Row]) -> bytes:
-    """Bytes read by each bound, a line per combination and a dot per target; hollow where nothing is guaranteed."""
-    names = list(dict.fromkeys(combination(row) for row in rows))
-    targets = list(dict.fromkeys(row["target"] for row in rows))
-    with _figure(9.5, 1.6 + 0.26 * len(names)) as (figure, buffer):
+def chart_png(chart: Chart, rows: Sequence[Row]) -> bytes:
+    """Draw a chart; marks of rows without a guarantee are hollow."""
+    points = chart.points(rows)
+    series = list(dict.fromkeys(point["series"] for point in points))
+    lines = list(dict.fromkeys(point["y"] for point in points)) if chart.dots(points) else []
+    with _figure(9.5, 1.6 + 0.26 * len(lines) if lines else 5.4) as (figure, buffer):
         axes = figure.subplots()
-        for row in rows:
-            color = _BLUES[min(targets.index(row["target"]), 3)]
-            hollow = row["guarantee"] == "none"
-            place = (row["bytes_fraction"], len(names) - names.index(combination(row)))
-            axes.plot(*place, "o", color=color, mfc="white" if hollow else color, ms=6.5)
-        for target in targets:
-            axes.plot([], [], "o", color=_BLUES[min(targets.index(target), 3)], label=f"k = {label(target)}")
-        axes.set_yticks(range(len(names), 0, -1), names, fontsize=8)
-        axes.axvline(1, color=ACCENT, lw=1)
-        axes.set_xlim(0, max(1.02, *(row["bytes_fraction"] for row in rows)))
-        axes.grid(axis="x", color=RULE, lw=0.6)
-        axes.set_xlabel("bytes read / bytes of dense attention (hollow: no guarantee)")
-        axes.legend(frameon=False, fontsize=8, ncol=len(targets), loc="lower right", bbox_to_anchor=(1, 1))
-        _finish(axes, f"What each bound leaves to read   ({facts(rows[0])})")
+        for number, name in enumerate(series):
+            mine, color = [point for point in points if point["series"] == name], _COLORS[number % len(_COLORS)]
+            place = [(p["x"], len(lines) - lines.index(p["y"]) if lines else p["y"]) for p in mine]
+            if chart.kind == "lines":
+                axes.plot(*zip(*place, strict=True), color=color, lw=1.4)
+            for (x, y), point in zip(place, mine, strict=True):
+                axes.plot(x, y, "o", color=color, mfc=color if point["proven"] else "white", ms=5.5)
+                if point["label"]:
+                    axes.annotate(point["label"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
+            axes.plot([], [], "o", color=color, label=name)
+        _scale(axes.xaxis, chart.x_axis)
+        if lines:
+            axes.set_yticks(range(len(lines), 0, -1), lines, fontsize=8)
+        else:
+            _scale(axes.yaxis, chart.y_axis)
+        if chart.mark_x is not None:
+            axes.axvline(chart.mark_x, color=ACCENT, lw=1)
+        axes.grid(axis="x" if lines else "both", color=RULE, lw=0.6)
+        axes.set_xlabel(f"{chart.x_axis.label}   (hollow: no guarantee)")
+        axes.set_ylabel(chart.y_axis.label)
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8, ncol=4, loc="lower right", bbox_to_anchor=(1, 1))
+        _finish(axes, f"{chart.title}   ({facts(rows[0])})" if rows else chart.title)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def precision_png(rows: Sequence[Row]) -> bytes:
-    """Output error against bytes; certified policies filled, the rest hollow."""
-    with _figure(8.5, 5.4) as (figure, buffer):
-        axes = figure.subplots()
-        for row in rows:
-            certified = row["guarantee"] != "none"
-            color = _BLUES[2] if certified else ACCENT
-            axes.plot(row["bytes_fraction"], row["output_error"], "o", color=color, mfc=color if certified else "white")
-            axes.annotate(
-                row["policy"],
-                (row["bytes_fraction"], row["output_error"]),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8,
-            )
-        _log_percent(axes)
-        axes.set_xlim(0, 1.2 * max(row["bytes_fraction"] for row in rows))
-        axes.grid(color=RULE, lw=0.6)
-        axes.set_xlabel("bytes read / bytes of dense attention from a 16-bit cache   (hollow: no guarantee)")
-        axes.set_ylabel("mean relative error of the attention output")
-        _finish(axes, f"Error against bytes   ({facts(rows[0])})")
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _scale(axis: Any, described: Axis) -> None:
+    if described.log:
+        getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_formatter(lambda value, _: described.text(value))
+    axis.set_minor_formatter(lambda value, _: "")
+    if described.zero:
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(0)
 
 
 def profile_png(row: Row, per_layer: Sequence[Row], per_head: Sequence[Row]) -> bytes:
@@ -92,27 +88,11 @@ def profile_png(row: Row, per_layer: Sequence[Row], per_head: Sequence[Row]) -> 
     return buffer.getvalue()
 
 
-def combination(row: Row) -> str:
-    """What a pruning row was measured with, in a few words."""
-    if row["index"] != "sketch":
-        settings = [f"{row['subspaces']} x groups of {row['group_len']}"]
-        settings += [str(row[n]) for n in ("grouping", "center", "slicing") if row.get(n) not in (None, *_USUAL)]
-        return f"{row['index']} {row['rule']}  {', '.join(settings)}"
-    planes = f", {row['planes']} planes" if row["planes"] > 1 else ""
-    return f"{row['codec']}  {row['metric']} metric{planes}"
-
-
-_USUAL = ("kcenter", "mean", "contiguous")
-
-
-def label(target: str) -> str:
-    """A target as people write it."""
-    return f"{float(target):g}" if float(target) >= 1 else f"{100 * float(target):g}%"
-
-
 def facts(row: Row) -> str:
     """Which model, how long."""
-    return f"{str(row['data']).rsplit('/', 1)[-1]}, {row['kv_len']:,} tokens, {row['num_layers']} layers"
+    said = [str(row["data"]).rsplit("/", 1)[-1]] if "data" in row else []
+    said += [f"{row['kv_len']:,} tokens"] if "kv_len" in row else []
+    return ", ".join([*said, f"{row['num_layers']} layers"] if "num_layers" in row else said)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Louver's own policies run through SketchIndex and ``attend`` as they would in a 
 Beside them: attention over the true top only (an oracle), and caches in fewer bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ from louver.attention import attend
 from louver.errors import PolicyError
 from louver.experiments.baselines import Fp8, Kivi4, OracleDrop
 from louver.experiments.capture import Capture, Layer
+from louver.experiments.experiment import Outcome, Progress, no_progress, option
 from louver.index.sketch import SketchIndex
 from louver.kernels import resolve_backend
 from louver.policies import parse
 from louver.protocols import AttendResult, Policy
 
-POLICIES = "exact:0.002,exact:0.01,exact:0.01+unread:0.02,exact:0.03,error:0.2,error:0.1,drop:0.01,drop:0.1,fp8,kivi4"
+_PRECISION = ("exact:0.002", "exact:0.01", "exact:0.01+unread:0.02", "exact:0.03")
+_BASELINES = ("drop:0.01", "drop:0.1", "fp8", "kivi4")
+POLICIES = (*_PRECISION, "error:0.2", "error:0.1", *_BASELINES)
 Baseline = OracleDrop | Fp8 | Kivi4
 
 
@@ -29,10 +32,9 @@ Baseline = OracleDrop | Fp8 | Kivi4
 class Config:
     """What to compare: a row per policy. Every field but backend changes results."""
 
-    capture: Path
-    policies: tuple[str, ...] = tuple(POLICIES.split(","))
-    backend: str = "auto"  # speed only
-    optional: tuple[str, ...] = ("error:0.2", "error:0.1")  # left out where this version has no such policy
+    capture: Path = option(help="What `louver capture` wrote.")
+    policies: tuple[str, ...] = option(POLICIES, help="Policies, and drop:F, fp8, kivi4.")
+    backend: str = option("auto", help="Which kernels; auto is the fastest here.")  # speed only
 
     @property
     def chosen(self) -> list[Policy | Baseline]:
@@ -41,7 +43,8 @@ class Config:
         Raises:
             PolicyError: one can't be read.
         """
-        return [read(spec) for spec in self.policies if spec not in self.optional or _known(spec)]
+        default = self.policies == POLICIES  # of which this version may lack some
+        return [read(spec) for spec in self.policies if not default or _known(spec)]
 
 
 def read(spec: str) -> Policy | Baseline:
@@ -57,9 +60,7 @@ def read(spec: str) -> Policy | Baseline:
     return parse(spec)
 
 
-def run(
-    config: Config, on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def run(config: Config, on_progress: Progress = no_progress) -> Outcome:
     """Rows, and rows per layer.
 
     Raises:
@@ -81,7 +82,7 @@ def run(
         fields = head | {"policy": one.spec, "guarantee": guarantee(one)}
         rows.append(fields | Figures.joined([f for _, f in found[one.spec]]).row())
         layer_rows += [fields | {"layer": i} | f.row() for i, f in found[one.spec]]
-    return rows, layer_rows
+    return rows, {"rows_per_layer": layer_rows}
 
 
 def guarantee(one: Policy | Baseline) -> str:
@@ -138,7 +139,7 @@ def sketch_of(capture: Capture, layer: Layer, backend: str) -> SketchIndex:
 
 def _known(spec: str) -> bool:
     try:
-        parse(spec)
+        read(spec)
     except PolicyError:
         return False
     return True

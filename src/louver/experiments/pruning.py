@@ -6,7 +6,7 @@ selected values over what dense attention reads from a 16-bit cache.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from louver.errors import PolicyError
 from louver.experiments.capture import Capture, Layer
 from louver.experiments.codecs import CODECS, METRICS
+from louver.experiments.experiment import Outcome, Progress, no_progress, option
 from louver.experiments.pruning_methods import Answer, BallMethod, CodecMethod, Method, Question, SketchMethod, in_turn
 from louver.geometry.metric import Metric
 
@@ -29,18 +30,20 @@ RULES = ("sum", "ta", "and", "oracle-and")
 class Config:
     """What to compare: a row per combination that makes sense. Every field changes results."""
 
-    capture: Path
-    targets: tuple[float, ...] = (20.0, 0.01, 0.05)  # below 1: a share of the keys
-    index: tuple[str, ...] = INDEXES
-    rule: tuple[str, ...] = RULES
-    subspaces: tuple[int, ...] = (1, 8, 16)
-    group_len: tuple[int, ...] = (4,)
-    grouping: tuple[str, ...] = ("kcenter",)
-    center: tuple[str, ...] = ("mean",)
-    slicing: tuple[str, ...] = ("contiguous",)
-    codec: tuple[str, ...] = ("sketch", "frames", "key4", "key8")
-    planes: tuple[int, ...] = (1, 2)
-    metric: tuple[str, ...] = ("frame", "identity", "full")
+    capture: Path = option(help="What `louver capture` wrote.")
+    targets: tuple[float, ...] = option((20.0, 0.01, 0.05), help="Keys to find: a number, or a share below 1.")
+    index: tuple[str, ...] = option(INDEXES, help="ball, box (16 consecutive keys), sketch.")
+    rule: tuple[str, ...] = option(RULES, help="Of ball: sum, ta, and, oracle-and.")
+    subspaces: tuple[int, ...] = option((1, 8, 16), help="Of ball.")
+    group_len: tuple[int, ...] = option((4,), help="Of ball: keys per group.")
+    grouping: tuple[str, ...] = option(("kcenter",), help="Of ball: kcenter, consecutive, kmeans.")
+    center: tuple[str, ...] = option(("mean",), help="Of ball: mean, key.")
+    slicing: tuple[str, ...] = option(("contiguous",), help="Of ball: contiguous, interleaved, random, rotated.")
+    codec: tuple[str, ...] = option(
+        ("sketch", "frames", "key4", "key8"), help=f"Of sketch: sketch, {', '.join(CODECS)}."
+    )
+    planes: tuple[int, ...] = option((1, 2), help="Of sketch: bits read in one plane or two.")
+    metric: tuple[str, ...] = option(("frame", "identity", "full"), help="Of sketch: frame, diagonal, identity, full.")
 
     def __post_init__(self) -> None:
         known = {
@@ -79,9 +82,7 @@ def methods(config: Config) -> Iterator[Method]:
                     yield CodecMethod(codec=codec, metric=metric, planes=planes)
 
 
-def run(
-    config: Config, on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def run(config: Config, on_progress: Progress = no_progress) -> Outcome:
     """Rows, and rows per layer.
 
     Raises:
@@ -106,7 +107,7 @@ def run(
             head |= {"target": f"{target:g}", "guarantee": method.guarantee}
             rows.append(head | _merge(found))
             layer_rows += [head | one for one in found]
-    return rows, layer_rows
+    return rows, {"rows_per_layer": layer_rows}
 
 
 def ask(capture: Capture, layer: Layer) -> Question:
