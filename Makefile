@@ -17,11 +17,12 @@ ENV := $(READY) $(NATIVE)
 # Threads that spin while they wait ruin each other where processes share cores (one attention step: 173 ms, with this 12).
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help venv native demo test lint format quickstart clean
+.PHONY: help venv native demo test test-native-asan lint format quickstart clean
 
 help:
 	@echo "make demo    decode with and without Louver on a small model, write louver-demo/"
 	@echo "make test    the tests (no GPU needed)"
+	@echo "make test-native-asan    the compiled kernels' tests on a build instrumented for memory errors and undefined behaviour"
 	@echo "make lint    ruff, import layers, types"
 	@echo "make native  build the compiled CPU kernels again after a change in csrc/ (make venv does it the first time)"
 	@echo "make venv    .venv with everything but vllm;  make clean removes it"
@@ -52,6 +53,9 @@ demo: $(ENV)
 
 test: $(ENV)
 	$(BIN)/python -m pytest -m "not gpu and not vllm"
+
+test-native-asan: $(ENV)
+	scripts/test_native_asan.sh
 
 lint: $(ENV)
 	$(BIN)/ruff check
