@@ -72,14 +72,16 @@ class Sketch {
   public:
     Sketch(std::vector<MaybeArray> arrays, int64_t frame_len, int64_t head_dim, int metric, bool clip)
         : arrays_(std::move(arrays)) {
-        require(arrays_.size() == 13, "a sketch has 13 tensors");
+        require(arrays_.size() == 14, "a sketch has 14 tensors");
         for (size_t i = 0; i < arrays_.size(); ++i) {
-            require(arrays_[i].has_value() || i > 8, "only the coded values of a sketch may be missing");
+            require(arrays_[i].has_value() || i > 8, "only the coded values and the pages of a sketch may be missing");
             require(!arrays_[i] || contiguous(*arrays_[i]), "a sketch's tensors are contiguous");
         }
         const Array& codes = *arrays_[2];
         require(codes.ndim() == 5 && arrays_[6]->ndim() == 4, "a sketch's tensors are laid out as in sketch/layout.py");
-        view.batch = codes.shape(0), view.heads = codes.shape(1), view.capacity = codes.shape(2);
+        view.batch = static_cast<int64_t>(arrays_[0]->shape(0));
+        view.heads = codes.shape(1), view.capacity = codes.shape(2);
+        if (arrays_[13]) view.pages = at<int32_t>(13), view.table_width = arrays_[13]->shape(1);
         view.frame_len = frame_len, view.head_dim = head_dim, view.dims = 2 * static_cast<int64_t>(codes.shape(4));
         view.slices = arrays_[6]->shape(3);
         require(view.dims <= 1024, "head_dim above 1024 is not supported by the cpu backend");
@@ -135,6 +137,7 @@ Problem problem_of(const Array& q, const Array& keys, const MaybeArray& values, 
 
 void encode_block(Sketch& sketch, const Array& keys, const MaybeArray& values, const Lengths& kv_start,
                   const Lengths& kv_len, const MaybeArray& block_table, int num_threads, const std::string& isa) {
+    require(sketch.view.pages == nullptr, "blocks are encoded into a sketch whose rows have their own");
     const CacheView k = view_of(keys, block_table);
     const CacheView v = values ? view_of(*values, block_table) : CacheView{};
     for (int64_t row = 0; row < sketch.view.batch; ++row)

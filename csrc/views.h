@@ -30,9 +30,12 @@ struct CacheView {
 
 enum class Metric : int { frame = 0, diagonal = 1, identity = 2 };
 
-// The canonical sketch (src/louver/sketch/layout.py), every tensor contiguous with [batch, heads, blocks] in front.
+// The canonical sketch (src/louver/sketch/layout.py), every tensor contiguous with [batch, heads, blocks] in front, or
+// [pages, heads, blocks of a page] where rows share pages.
 struct SketchView {
-    int64_t batch = 0, heads = 0, capacity = 0;
+    int64_t batch = 0, heads = 0, capacity = 0;  // capacity: blocks per row, or per page
+    const int32_t* pages = nullptr;              // [batch, table_width]; null where every row has its own blocks
+    int64_t table_width = 0;
     int64_t frame_len = 0, head_dim = 0, dims = 0, slices = 0;
     Metric metric = Metric::frame;
     bool clip = true;
@@ -51,7 +54,11 @@ struct SketchView {
     uint8_t* value_scale = nullptr;
     float* value_error = nullptr;
 
-    int64_t block(int64_t row, int64_t head, int64_t index) const { return (row * heads + head) * capacity + index; }
+    int64_t block(int64_t row, int64_t head, int64_t index) const {
+        if (pages == nullptr) return (row * heads + head) * capacity + index;
+        const int64_t page = pages[row * table_width + index / capacity];
+        return (page * heads + head) * capacity + index % capacity;
+    }
     // As slice_lengths in geometry/bounds.py: contiguous slices, as even as they go.
     int64_t slice_begin(int64_t slice) const {
         const int64_t base = dims / slices, extra = dims % slices;

@@ -1,5 +1,6 @@
 """The attention ops of every backend against float64, and against one another: dense, over a selection, in parts, on pages."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from louver.errors import BackendError
 from louver.geometry.rounding import gamma
 from louver.kernels import OPS, available_backends, get_ops, resolve_backend
 from louver.policies import parse
+from louver.sketch.layout import PER_BLOCK
 from strategies import cases, generator, seeds
 
 backends = pytest.mark.parametrize("backend", available_backends())
@@ -126,12 +128,37 @@ def test_pages_in_any_order_change_nothing(backend, case, page_len, seed):
     assert_close_to_truth(case, out, lse, torch.ones(kv_len, dtype=torch.bool))
     rule = parse("exact:0.1").rule()
     steps = [
-        ops.step(case.q, k, v, sketch, rule, *place, case.softmax_scale, block_table=t)
+        ops.step(case.q, k, v, sketch, rule, *place, case.softmax_scale, record=True, block_table=t)
         for k, v, t in ((keys, values, table), (case.keys, case.values, None))
     ]
     error = (true_attention(case) - steps[0].out.double()).norm(dim=-1)
     assert (error <= (steps[0].certificate.double() + steps[0].arithmetic_bound) * (1 + 1e-9)).all()
     assert torch.equal(steps[0].counts, steps[1].counts)
+    assert torch.equal(steps[0].exact_mask[..., :kv_len], steps[1].exact_mask)
+
+
+@backends
+@given(case=cases(("offset", "spread", "huge")), per_page=st.sampled_from((1, 2, 3)), seed=seeds())
+@pytest.mark.parametrize("policy", ["exact:0.1", "topk:3"])
+def test_rows_that_share_the_pages_of_a_sketch_change_nothing(backend, policy, case, per_page, seed):
+    """A sketch in shuffled pages, poisoned elsewhere, gives what the same sketch gives row by row, bit for bit."""
+    ops, sketch, rule = get_ops(backend), case.index(backend).sketch, parse(policy).rule()
+    rows, width = len(sketch.num_blocks), -(-sketch.capacity // per_page)
+    pages = torch.randperm(2 * rows * width, generator=generator(seed))[: rows * width].view(rows, width)
+
+    def paged(x):
+        padded = x.new_full((*x.shape[:2], width * per_page, *x.shape[3:]), 97)
+        padded[:, :, : x.shape[2]] = x
+        pool = x.new_full((2 * rows * width, x.shape[1], per_page, *x.shape[3:]), 113)
+        pool[pages] = padded.unflatten(2, (width, per_page)).transpose(1, 2)
+        return pool
+
+    moved = {name: paged(x) for name, x in sketch.tensors() if name in PER_BLOCK}
+    shared = replace(sketch, pages=pages.int(), **moved)
+    place = (case.kv_start, case.kv_len, case.softmax_scale)
+    one, other = (ops.step(case.q, case.keys, case.values, s, rule, *place, record=True) for s in (sketch, shared))
+    for name in ("out", "lse", "certificate", "arithmetic_bound", "tau", "counts", "exact_mask"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0, equal_nan=True)
 
 
 @backends

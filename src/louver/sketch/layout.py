@@ -51,10 +51,10 @@ class SketchConfig:
 class ValueFrames(NamedTuple):
     """The values' part of a sketch."""
 
-    codes: UInt8[Tensor, "batch heads blocks frame_len half"]
-    center: Float[Tensor, "batch heads blocks dims"]
-    scale: UInt8[Tensor, "batch heads blocks dims"]
-    error: Float[Tensor, "batch heads blocks"]
+    codes: UInt8[Tensor, "owners heads blocks frame_len half"]
+    center: Float[Tensor, "owners heads blocks dims"]
+    scale: UInt8[Tensor, "owners heads blocks dims"]
+    error: Float[Tensor, "owners heads blocks"]
 
 
 @dataclass(kw_only=True)
@@ -65,17 +65,20 @@ class Sketch:
     head_dim: int  # of the cache; codes are padded to an even number of channels
     num_blocks: Int[Tensor, " batch"]  # int32, closed blocks per row
     query_weight: Float[Tensor, "batch heads dims"]  # float32
-    key_codes: UInt8[Tensor, "batch heads blocks frame_len half"]
-    key_center: Float[Tensor, "batch heads blocks dims"]  # float16
-    key_scale: UInt8[Tensor, "batch heads blocks dims"]
-    key_radius: UInt8[Tensor, "batch heads blocks frame_len slices"]
-    radius_unit: Float[Tensor, "batch heads blocks slices"]  # float32
+    key_codes: UInt8[Tensor, "owners heads blocks frame_len half"]
+    key_center: Float[Tensor, "owners heads blocks dims"]  # float16
+    key_scale: UInt8[Tensor, "owners heads blocks dims"]
+    key_radius: UInt8[Tensor, "owners heads blocks frame_len slices"]
+    radius_unit: Float[Tensor, "owners heads blocks slices"]  # float32
     value_mean: Float[Tensor, "batch heads dims"]  # float32, fixed when the first block closes
-    value_spread: Float[Tensor, "batch heads blocks"]  # float32, max |v - value_mean|; +inf where values are unknown
-    value_codes: UInt8[Tensor, "batch heads blocks frame_len half"] | None = None
-    value_center: Float[Tensor, "batch heads blocks dims"] | None = None
-    value_scale: UInt8[Tensor, "batch heads blocks dims"] | None = None
-    value_error: Float[Tensor, "batch heads blocks"] | None = None  # float32, max |v - v_sketched|
+    value_spread: Float[Tensor, "owners heads blocks"]  # float32, max |v - value_mean|; +inf where values are unknown
+    value_codes: UInt8[Tensor, "owners heads blocks frame_len half"] | None = None
+    value_center: Float[Tensor, "owners heads blocks dims"] | None = None
+    value_scale: UInt8[Tensor, "owners heads blocks dims"] | None = None
+    value_error: Float[Tensor, "owners heads blocks"] | None = None  # float32, max |v - v_sketched|
+    # Who owns blocks: a row, or, where ``pages`` is given (int32), a page that rows may share. Block b of row i is then block
+    # b % capacity of page pages[i, b // capacity].
+    pages: Int[Tensor, "batch table_width"] | None = None
 
     @property
     def dims(self) -> int:
@@ -97,7 +100,7 @@ class Sketch:
 
     @property
     def capacity(self) -> int:
-        """Blocks there is room for."""
+        """Blocks there is room for, in a row or in a page."""
         return self.key_codes.shape[2]
 
     def __getstate__(self) -> dict[str, object]:
@@ -114,21 +117,36 @@ class Sketch:
 
     def reserve(self, num_blocks: int) -> None:
         """Make room for num_blocks blocks, growing by at least a quarter so that appending stays cheap."""
+        assert self.pages is None, "pages do not grow"
         if num_blocks <= self.capacity:
             return
         target = max(num_blocks, self.capacity + self.capacity // 4 + 1)
         for name, x in self.tensors():
-            if name in _PER_BLOCK:
+            if name in PER_BLOCK:
                 grown = x.new_empty(*x.shape[:2], target, *x.shape[3:])
                 grown[:, :, : x.shape[2]] = x
                 setattr(self, name, grown)
 
     def select_batch(self, ids: Int[Tensor, " new_batch"]) -> "Sketch":
-        """A sketch whose row i is a copy of row ids[i]."""
-        return replace(self, **{name: x.index_select(0, ids.to(x.device)) for name, x in self.tensors()})
+        """A sketch whose row i is a copy of row ids[i]; shared pages stay shared."""
+        kept = PER_BLOCK if self.pages is not None else frozenset[str]()
+        moved = {name: x.index_select(0, ids.to(x.device)) for name, x in self.tensors() if name not in kept}
+        return replace(self, **moved)
+
+    def by_row(self) -> "Sketch":
+        """The sketch with every row holding its own blocks: itself, or copies of what its rows find in their pages."""
+        if self.pages is None:
+            return self
+        table = self.pages.long().clamp_min(0)
+        rows = {
+            name: x[table].transpose(1, 2).flatten(2, 3)  # batch table_width heads capacity ... before
+            for name, x in self.tensors()
+            if name in PER_BLOCK
+        }
+        return replace(self, pages=None, **rows)
 
 
-_PER_BLOCK = frozenset(
+PER_BLOCK = frozenset(
     [
         "key_codes",
         "key_center",

@@ -52,8 +52,9 @@ def step(
     evidence = torch.empty(5, batch, num_q_heads)
     counts = torch.empty(batch, keys.shape[1], len(COUNTS), dtype=torch.int64)
     mask = None
-    if record and block_table is None:
-        mask = torch.zeros(batch, num_q_heads, keys.shape[2], dtype=torch.bool)
+    if record:
+        width = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
+        mask = torch.zeros(batch, num_q_heads, width, dtype=torch.bool)
     native.load().step(
         native.sketch_view(sketch), q.contiguous(), keys, values, kv_start, kv_len, block_table, softmax_scale,
         (rule.drop, rule.share, rule.count, rule.tau, rule.unread_mass, sinks, recent, keep_best),

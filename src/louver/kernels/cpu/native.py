@@ -31,6 +31,7 @@ TENSORS = (
     "value_center",
     "value_scale",
     "value_error",
+    "pages",
 )
 Cache = Float[Tensor, "rows num_kv_heads tokens head_dim"]  # a batch, or pages behind a block table
 METRICS = {"frame": 0, "diagonal": 1, "identity": 2}

@@ -82,8 +82,10 @@ def attend_tiers(
     Decided keys are always exact. What one head of a GQA group reads serves the whole group, but in retrieval each head
     keeps its own selection.
     """
+    sketch = sketch.by_row()
+    keys, values = contiguous(keys, block_table), contiguous(values, block_table)
     length, longest = row_lengths(kv_start, kv_len)
-    k, v = (to_rows(contiguous(x, block_table), kv_start, length, longest).float() for x in (keys, values))
+    k, v = (to_rows(x, kv_start, length, longest).float() for x in (keys, values))
     group_size = q.shape[1] // k.shape[1]
     scores, absolute = exact_scores(q, k)
     slack = score_slack(absolute, q.shape[2])
@@ -147,7 +149,7 @@ def attend_tiers(
         "value_blocks": in_blocks.any(-1).sum(-1),
     }
     counts = torch.stack([columns[name].expand(k.shape[:2]).long() for name in COUNTS], -1)
-    mask = to_tokens(exact, kv_start, keys.shape[2]) if record and block_table is None else None
+    mask = to_tokens(exact, kv_start, keys.shape[2]) if record else None
     return TierOutput(
         out=out.to(q.dtype),
         lse=lse,

@@ -32,6 +32,7 @@ def bounds(
     block_table: Int[Tensor, "batch pages"] | None = None,
 ) -> Bounds:
     """Bound every sketched key's score; sinks and recent count tokens at a row's ends that are exact in any case."""
+    sketch = sketch.by_row()
     num_blocks = int(sketch.num_blocks.max()) if sketch.num_blocks.numel() else 0
     estimate, half_width = _frame_bounds(q, sketch, num_blocks)
     length, longest = row_lengths(kv_start, kv_len)

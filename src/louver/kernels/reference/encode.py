@@ -23,8 +23,10 @@ def encode_block(
     """Close the blocks that are full: write them into sketch and advance sketch.num_blocks, in place.
 
     Block b of a row holds its tokens kv_start + b * frame_len onwards. The sketch must have room (Sketch.reserve).
-    keys and values may be pages [pages, heads, page_len, head_dim] reached through block_table.
+    keys and values may be pages [pages, heads, page_len, head_dim] reached through block_table; the sketch's rows have their own
+    blocks.
     """
+    assert sketch.pages is None, "blocks are encoded into a sketch whose rows have their own"
     keys, values = contiguous(keys, block_table), contiguous(values, block_table)
     frame_len = sketch.config.frame_len
     full = (kv_len - kv_start) // frame_len

@@ -166,6 +166,7 @@ def step(
     Differences in kind, never in the promise: cuts fall on histogram bins of 1/32 nat and ranks on steps of 1/1024 nat, so a few
     keys more than asked are exact; short contexts are dense.
     """
+    sketch = sketch.by_row()
     batch, num_q_heads, head_dim = q.shape
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     record_here = record and block_table is None
