@@ -9,7 +9,7 @@ keeps, implement Policy; to add another way to serve a layer (a baseline, say), 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -37,6 +37,12 @@ class BoundSummary:
     shift: Float[Tensor, "batch num_q_heads"]
     num_keys: Int[Tensor, " batch"]  # valid keys of the row
     softmax_scale: float
+    sample: Float[Tensor, "batch num_q_heads size"] | None = (
+        None  # exact scores of sampled keys; NaN: the row has fewer
+    )
+    retired_mass: Float[Tensor, "batch num_q_heads"] | None = (
+        None  # last look only: upper mass of what was dropped unseen
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +52,9 @@ class Cuts:
     Precision policies (nothing dropped), unread <= fine <= exact: a key with upper bound >= exact is treated exactly; from fine
     to exact its second plane is read where there is one; below unread its value is not read.
 
-    Retrieval policies: keys below exact are dropped (unread = exact). With a rank, only the rank best exact scores are kept
-    (ties within rounding too): the keys above ``fine``, at least rank of them, are scored first, and their rank-th best score
-    raises the threshold for the rest.
+    Retrieval policies: a key with upper bound < unread is dropped unseen; every other is scored, and dropped if its score is
+    below exact. Most have unread = exact. With a rank, only the rank best exact scores are kept (ties within rounding too): the keys
+    above ``fine``, at least rank of them, are scored first, and their rank-th best score raises the threshold for the rest.
     """
 
     unread: Float[Tensor, "batch num_q_heads"]
@@ -73,11 +79,33 @@ class CutRule:
     unread_mass: float = 0.0
 
 
+class Sample(NamedTuple):
+    """A uniform random sample of a row's keys: how many, and the seed that chooses them."""
+
+    size: int
+    seed: int
+
+
 @runtime_checkable
 class Policy(Protocol):
     """What a decode step keeps. Pure tensor code: no ``.item()``, no shape that depends on data."""
 
     drops: ClassVar[bool]  # True: keys below the cut are dropped (retrieval). False: they keep an estimated weight.
+    guarantee: ClassVar[Guarantee]  # what is proven: of the keys that are kept (exact), of mass or output (certified)
+
+    @property
+    def looks(self) -> int:
+        """How often ``cuts`` is asked (1 for most).
+
+        Before it is asked again the keys above ``fine`` are scored, which makes their bounds tight; before it is asked for the
+        last time those above ``exact``, and keys that are still not scored then are retired: dropped, unseen.
+        """
+        ...
+
+    @property
+    def sample(self) -> "Sample | None":
+        """The random keys whose scores the policy wants to see as ``summary.sample``; None: none."""
+        ...
 
     @property
     def sinks(self) -> int:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from louver.errors import PolicyError
 from louver.kernels.reference.resolve import resolve
-from louver.protocols import BoundSummary, CutRule, Cuts
+from louver.protocols import BoundSummary, CutRule, Cuts, Guarantee, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +14,7 @@ class BasePolicy:
 
     name: ClassVar[str]
     drops: ClassVar[bool]
+    guarantee: ClassVar[Guarantee] = "exact"  # what is proven of the keys it keeps, or of its output
     sinks: int = 0  # first tokens of each row that are always exact
     recent: int = 0  # last tokens of each row that are always exact
 
@@ -28,6 +29,16 @@ class BasePolicy:
     def argument(self) -> str:
         """What follows the name in the specification."""
         return ""
+
+    @property
+    def looks(self) -> int:
+        """How often ``cuts`` is asked; most policies need one look at the bounds."""
+        return 1
+
+    @property
+    def sample(self) -> Sample | None:
+        """The random keys whose scores the policy wants to see; most want none."""
+        return None
 
     @property
     def spec(self) -> str:
@@ -57,6 +68,7 @@ class Dense(BasePolicy):
 
     name: ClassVar[str] = "dense"
     drops: ClassVar[bool] = False
+    guarantee: ClassVar[Guarantee] = "exact"
 
 
 def number(value: float) -> str:

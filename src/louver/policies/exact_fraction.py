@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from louver.errors import PolicyError
 from louver.policies.base import BasePolicy, check_fraction, number
-from louver.protocols import CutRule
+from louver.protocols import CutRule, Guarantee
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,7 @@ class ExactFraction(BasePolicy):
 
     name: ClassVar[str] = "exact"
     drops: ClassVar[bool] = False
+    guarantee: ClassVar[Guarantee] = "certified"
     fraction: float  # of the row's valid keys, exact per query head; changes results
     unread_mass: float = 0.1  # share of the mass whose values may go unread; changes results
 

@@ -78,7 +78,8 @@ def attend_tiers(
 ) -> TierOutput:
     """One decode step: every key in the tier its upper bound puts it in, with the certificate (docs/guarantee.md, 7-9).
 
-    drop: keys below cuts.exact are left out (retrieval) instead of keeping their estimated weight. record: fill exact_mask.
+    drop: keys that are not exact are left out (retrieval) instead of keeping their estimated weight; see Cuts for which those
+    are. record: fill exact_mask.
     Decided keys are always exact. What one head of a GQA group reads serves the whole group, but in retrieval each head
     keeps its own selection.
     """
@@ -108,11 +109,12 @@ def attend_tiers(
     tau = cuts.exact
     if drop and cuts.rank is not None:
         tau = torch.maximum(tau, nth_best(scores - slack, always | reaches(cuts.fine), cuts.rank))
-    above = reaches(tau)
+    above = reaches(cuts.unread if drop and cuts.rank is None else tau)
     if drop:
         if cuts.rank is not None:
             tau = torch.maximum(tau, nth_best(scores - slack, always | above, cuts.rank))
         exact = always | (above & ~(scores + slack < tau[..., None]))
+        tau = tau if cuts.rank is not None else torch.maximum(tau, cuts.unread)
         coarse = torch.zeros_like(exact)
     else:
         exact = (share(above) | decided).repeat_interleave(group_size, 1)
@@ -132,7 +134,8 @@ def attend_tiers(
     out, lse, certificate, arithmetic = certify(tiers, q.dtype)
     dropped = torch.zeros_like(lse)
     if drop:
-        ceiling = torch.where(above, torch.minimum(upper, scores + slack), upper)
+        read = share(above).repeat_interleave(group_size, 1)
+        ceiling = torch.where(read, torch.minimum(upper, scores + slack), upper)
         left_out = valid_rows(length, longest) & ~exact
         dropped, certificate = dropped_mass(tiers, left_out, ceiling, out, arithmetic)
 
