@@ -17,11 +17,13 @@ from helpers import (
     within_certificate,
 )
 from louver import FlatIndex, SketchIndex, attend
+from louver.attention.asked import asked_mass
 from louver.kernels import available_backends
 from louver.kv import DeviceStore
-from louver.policies import parse
+from louver.policies import OutputError, parse
 from strategies import cases
 
+pytestmark = pytest.mark.filterwarnings("ignore:error.*asks for less than the arithmetic")
 backends = pytest.mark.parametrize("backend", available_backends())
 
 
@@ -40,6 +42,19 @@ def check_step(case, result, policy):
         assert (dropped <= result.dropped_mass_bound.double() * (1 + 1e-9) + 1e-15).all()
     else:
         assert (result.dropped_mass_bound == 0).all()
+    assert num_asked_violations(case, result, policy) == 0, f"{policy.spec} did not deliver what was asked"
+
+
+def num_asked_violations(case, result, policy):
+    """Query heads whose certificate exceeds what the policy asked for; where arithmetic alone does, nothing may be left to it."""
+    asked = asked_mass(policy)
+    violations = 0 if asked is None else int((~(result.dropped_mass_bound <= asked)).sum())
+    if isinstance(policy, OutputError):
+        known = torch.isfinite(true_attention(case)).all(-1) & torch.isfinite(result.arithmetic_bound)
+        total = result.certificate + result.arithmetic_bound
+        met = (result.certificate == 0) | (total <= policy.error * result.out.float().norm(dim=-1))
+        violations += int((known & ~met).sum())
+    return violations
 
 
 @backends

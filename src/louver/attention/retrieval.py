@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from louver.attention.arithmetic import attention_arithmetic, largest_norm, logit_error
+from louver.attention.asked import asked_mass, everything_where
 from louver.attention.dense import plain_stats
 from louver.errors import PolicyError
 from louver.geometry.rounding import gamma, norm_above, score_slack
 from louver.kernels import get_ops
 from louver.kernels.reference.attend import nth_best
+from louver.kernels.reference.sample import sample_scores
 from louver.kernels.reference.search import csr_rows, score
 from louver.kernels.reference.step import keep_the_best
-from louver.protocols import AttendResult, KeyIndex, Policy, SelectionLike, StepStats
+from louver.protocols import AttendResult, BoundSummary, Cuts, KeyIndex, Policy, SelectionLike, StepStats
 from louver.shapes import Keys, Query, Values
 
 
@@ -35,26 +37,34 @@ def attend_retrieval(
         )
     store, keys = index.store, index.store.keys
     summary = index.summarize(q, scale, policy.sinks, policy.recent)
+    if policy.sample is not None:
+        sample = sample_scores(q, keys, store.kv_start, store.kv_len, policy.sample)
+        summary = replace(summary, sample=sample)
     cuts = policy.cuts(summary)
     cuts = keep_the_best(cuts, summary) if keep_best else cuts
-    found, mask, tau = _select(index, q, cuts.exact, cuts.fine, cuts.rank)
     position = torch.arange(keys.shape[2], device=q.device)
     valid = ((position >= store.kv_start[:, None]) & (position < store.kv_len[:, None]))[:, None]
     forced = (position < store.kv_start[:, None] + policy.sinks) | (position >= store.kv_len[:, None] - policy.recent)
-    mask = (mask | forced[:, None]) & valid
 
-    flat = mask.flatten(0, 1)
-    indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
-    out, lse = get_ops("reference").attend_selection(q, keys, values, indptr, flat.nonzero()[:, 1], scale)
+    def attend_above(cuts: Cuts) -> tuple[SelectionLike, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        found, mask, tau = _select(index, q, cuts.exact, cuts.fine, cuts.rank)
+        mask = (mask | forced[:, None]) & valid
+        flat = mask.flatten(0, 1)
+        indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
+        out, lse = get_ops("reference").attend_selection(q, keys, values, indptr, flat.nonzero()[:, 1], scale)
+        floor = lse.double() - logit_error(q, keys, scale) - lse.abs() * 2.0**-22 - 1e-5
+        floor = floor - gamma(mask.sum(-1).double() + 8)
+        share = _dropped_share(valid.sum(-1) - mask.sum(-1), tau, floor, summary)
+        return found, mask, tau, out, lse, share
+
+    found, mask, tau, out, lse, share = attend_above(cuts)
+    asked = asked_mass(policy)
+    if asked is not None and bool((failed := ~(share <= asked)).any()):
+        found, mask, tau, out, lse, share = attend_above(everything_where(failed, cuts))
 
     group_size = q.shape[1] // keys.shape[1]
     arithmetic = attention_arithmetic(q, keys, values, scale, mask.sum(-1))
     left_out = valid.sum(-1) - mask.sum(-1)
-    # Every key left out scores below tau: their mass is at most left_out e^(scale tau).
-    ceiling = tau.double() * scale + left_out.clamp_min(1).double().log()
-    floor = lse.double() - logit_error(q, keys, scale) - lse.abs() * 2.0**-22 - 1e-5 - gamma(mask.sum(-1).double() + 8)
-    share = (torch.sigmoid(ceiling - floor).float() * (1 + 1e-5) + 2.0**-125).clamp_max(1.0)
-    share = torch.where(left_out > 0, torch.where(torch.isnan(share), 1.0, share), 0.0)
     # A convex combination of values is no longer than the longest of them.
     largest = largest_norm(torch.where(valid[..., None], values.float(), 0.0), group_size)
     reach = largest + torch.minimum(largest, norm_above(out.float()) + arithmetic)
@@ -69,6 +79,28 @@ def attend_retrieval(
         tau=tau,
         exact_mask=mask if record else None,
     )
+
+
+def _dropped_share(left_out: Tensor, tau: Tensor, floor: Tensor, summary: BoundSummary) -> Tensor:
+    """At most the share of the mass that was left out: count [batch, num_q_heads], all below tau, with log kept mass >= floor.
+
+    Every key left out scores below tau, so their mass is at most left_out e^(scale tau). Those whose bin lies below tau weigh no
+    more than that bin's upper mass, too.
+    """
+    scale = summary.softmax_scale
+    below = summary.edges[..., :-1] <= tau[..., None]
+    mass = (
+        torch.where(below, summary.upper_mass.double(), 0.0).sum(-1)
+        * (1 + gamma(summary.num_keys.double() + 8))[:, None]
+    )
+    mass = mass * (1 + 1e-5) + left_out * 2.0**-120  # exponentials, and what underflowed
+    others = (left_out - torch.where(below, summary.upper_count, 0).sum(-1)).clamp_min(0).double()
+    by_bins = torch.logaddexp(mass.log() + summary.shift.double(), others.log() + tau.double() * scale)
+    by_bins = by_bins + 1e-4 + summary.shift.double().abs() * 2.0**-20
+    plain = tau.double() * scale + left_out.clamp_min(1).double().log()
+    ceiling = torch.where(torch.isfinite(by_bins), torch.minimum(plain, by_bins), plain)
+    share = (torch.sigmoid(ceiling - floor).float() * (1 + 1e-5) + 2.0**-125).clamp_max(1.0)
+    return torch.where(left_out > 0, torch.where(torch.isnan(share), 1.0, share), 0.0)
 
 
 def _select(

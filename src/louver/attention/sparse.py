@@ -6,12 +6,14 @@ from dataclasses import replace
 import torch
 
 from louver.attention.dense import attend_everything
+from louver.attention.looks import attend_in_looks
 from louver.attention.retrieval import attend_retrieval
+from louver.attention.within import attend_within
 from louver.errors import PolicyError, ShapeError
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
-from louver.kernels.reference.step import keep_the_best
 from louver.policies.base import Dense
+from louver.policies.output_error import OutputError
 from louver.policies.spec import parse
 from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
 from louver.shapes import Query, Values, check_keys_values, check_query
@@ -86,11 +88,10 @@ def _attend_sketch(
     place = (store.kv_start, store.kv_len, scale)
     if rule is not None:
         step = ops.step(q, store.keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)
+    elif isinstance(policy, OutputError):
+        step = attend_within(q, index, sketch, values, policy, scale, record)
     else:
-        bounds = index.bounds(q, scale, policy.sinks, policy.recent)
-        cuts = policy.cuts(bounds.summary)
-        cuts = keep_the_best(cuts, bounds.summary) if keep_best else cuts
-        step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
+        step = attend_in_looks(q, index, sketch, values, policy, scale, keep_best, record)
     weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
     return AttendResult(
         out=step.out,

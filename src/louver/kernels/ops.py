@@ -44,3 +44,17 @@ class TierOutput:
     tau: Float[Tensor, "batch num_q_heads"]
     counts: Int[Tensor, "batch num_kv_heads counts"]  # int64, louver.protocols.COUNTS
     exact_mask: Bool[Tensor, "batch num_q_heads kv_len"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorTerms:
+    """What each undecided key adds to the output certificate (docs/guarantee.md, 8), summed by the bins of a BoundSummary.
+
+    Masses are in units of e^shift of that summary; terms are masses times norms of values.
+    """
+
+    coarse: Float[Tensor, "batch num_q_heads bins"]  # of a key attended with its sketched value
+    unread: Float[Tensor, "batch num_q_heads bins"]  # of a key attended with the mean value
+    mass: Float[Tensor, "batch num_q_heads bins"]  # the estimated weight
+    exact_bytes: int  # what one exact key costs
+    coarse_bytes: int  # what one coarse key costs

@@ -4,7 +4,30 @@ from louver.policies.base import BasePolicy, Dense
 from louver.policies.budget import Budget
 from louver.policies.exact_fraction import ExactFraction
 from louver.policies.fixed import Fixed
+from louver.policies.mass import Mass
+from louver.policies.output_error import OutputError
+from louver.policies.relative import Relative
+from louver.policies.sampled import SampleBudget, Sampled, SampleGap, SampleMax, SampleMeanMax, SampleTopK
 from louver.policies.spec import parse
 from louver.policies.topk import TopK
+from louver.policies.union import Union
 
-__all__ = ["BasePolicy", "Budget", "Dense", "ExactFraction", "Fixed", "TopK", "parse"]
+__all__ = [
+    "BasePolicy",
+    "Budget",
+    "Dense",
+    "ExactFraction",
+    "Fixed",
+    "Mass",
+    "OutputError",
+    "Relative",
+    "SampleBudget",
+    "SampleGap",
+    "SampleMax",
+    "SampleMeanMax",
+    "SampleTopK",
+    "Sampled",
+    "TopK",
+    "Union",
+    "parse",
+]

@@ -1,4 +1,7 @@
-"""Policy specifications: ``name[:argument][+option:value ...]``, the same in Python and on the command line."""
+"""Policy specifications, the same in Python and on the command line: ``name[:argument][+option:value ...]``.
+
+``A|B`` keeps what A or B keeps (quote it in a shell): ``topk:20|mass:0.01+sinks:4``.
+"""
 
 import dataclasses
 import re
@@ -10,7 +13,12 @@ from louver.policies.base import BasePolicy, Dense
 from louver.policies.budget import Budget
 from louver.policies.exact_fraction import ExactFraction
 from louver.policies.fixed import Fixed
+from louver.policies.mass import Mass
+from louver.policies.output_error import OutputError
+from louver.policies.relative import Relative
+from louver.policies.sampled import SampleBudget, SampleGap, SampleMax, SampleMeanMax, SampleTopK
 from louver.policies.topk import TopK
+from louver.policies.union import union
 from louver.protocols import Policy
 
 # name -> (class, the field its argument sets, how the argument is read, what it means)
@@ -19,12 +27,32 @@ _POLICIES: dict[str, tuple[type[BasePolicy], str | None, Callable[[str], float |
     "dense": (Dense, None, float, "dense  every key exact, no sketch read"),
     "topk": (TopK, "k", int, "topk:K  keep the K largest scores"),
     "budget": (Budget, "fraction", float, "budget:F  keep the share F with the largest scores"),
+    "error": (
+        OutputError,
+        "error",
+        float,
+        "error:EPS  nothing dropped; exact enough to certify a relative error of EPS",
+    ),
+    "mass": (Mass, "dropped_mass", float, "mass:EPS  certified to drop at most EPS of the softmax mass"),
+    "relative": (Relative, "nats", float, "relative:N  keep the keys within N nats of the best logit"),
     "fixed": (Fixed, "tau", float, "fixed:X  keep every key with q.k >= X"),
+    "sample-max": (SampleMax, None, float, "sample-max  keep what reaches a sample's largest score (an estimate)"),
+    "sample-topk": (SampleTopK, "k", int, "sample-topk:K  ... its K-th largest score (an estimate)"),
+    "sample-mean-max": (SampleMeanMax, None, float, "sample-mean-max  ... halfway from its mean to that (an estimate)"),
+    "sample-gap": (SampleGap, None, float, "sample-gap  ... the score above its widest gap (an estimate)"),
+    "sample-budget": (
+        SampleBudget,
+        "fraction",
+        float,
+        "sample-budget:F  ... what a share F of it reaches (an estimate)",
+    ),
 }
 _OPTIONS: dict[str, tuple[str, Callable[[str], float | int]]] = {
     "sinks": ("sinks", int),
     "recent": ("recent", int),
     "unread": ("unread_mass", float),
+    "size": ("size", int),
+    "seed": ("seed", int),
 }
 
 
@@ -42,6 +70,8 @@ def parse(spec: str | Policy) -> Policy:
         return spec
     if not isinstance(spec, str):
         raise PolicyError(f"policy={spec!r} is neither a specification such as 'exact:0.01' nor a Policy")
+    if "|" in spec:
+        return union([parse(part) for part in spec.split("|")])  # pyright: ignore[reportReturnType] - drops as they do
     # A plus sign inside a number (fixed:1e+5) is not a separator.
     head, *options = re.split(r"(?<![0-9.][eE])\+", spec.strip())
     name, _, argument = head.partition(":")

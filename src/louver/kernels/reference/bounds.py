@@ -103,13 +103,7 @@ def summarize(
     upper, lower = estimate + half_width, estimate - half_width
     known = torch.where(decided & ~torch.isnan(decided_lower), decided_lower, -torch.inf)
     edges = _edges(torch.where(undecided, upper, torch.nan))
-    bins = edges.shape[-1] - 1
-
-    def bin_of(x: Tensor) -> Tensor:
-        inner = edges[..., 1:-1].flip(-1).contiguous()  # ascending
-        return bins - 1 - torch.searchsorted(inner, x.contiguous(), right=True)
-
-    upper_bin, lower_bin, known_bin = bin_of(upper), bin_of(lower), bin_of(known)
+    upper_bin, lower_bin, known_bin = (bin_of(x, edges) for x in (upper, lower, known))
     every = torch.cat([known, torch.where(undecided, upper, -torch.inf)], -1)
     peak = every.amax(-1) if every.shape[-1] else every.new_full(every.shape[:-1], -torch.inf)
     shift = torch.where(torch.isfinite(peak), peak, 0.0) * softmax_scale
@@ -118,8 +112,7 @@ def summarize(
         return torch.where(where, torch.exp(score * softmax_scale - shift[..., None]), 0.0)
 
     def histogram(bin_index: Tensor, weight: Tensor) -> Tensor:
-        out = torch.zeros(*edges.shape[:-1], bins, dtype=weight.dtype, device=weight.device)
-        return out.scatter_add_(-1, bin_index, weight)
+        return summed_by_bin(bin_index, weight, edges)
 
     best = torch.cat([known, torch.where(undecided, lower, -torch.inf)], -1)
     return BoundSummary(
@@ -134,6 +127,18 @@ def summarize(
         num_keys=length,
         softmax_scale=softmax_scale,
     )
+
+
+def bin_of(x: Float[Tensor, "batch heads n"], edges: Float[Tensor, "batch heads bins_plus_1"]) -> Tensor:
+    """The bin each x falls into, int64: edges[i] > x >= edges[i + 1], the first and last bins being open."""
+    inner = edges[..., 1:-1].flip(-1).contiguous()  # ascending
+    return edges.shape[-1] - 2 - torch.searchsorted(inner, x.contiguous(), right=True)
+
+
+def summed_by_bin(bin_index: Int[Tensor, "batch heads n"], weight: Tensor, edges: Tensor) -> Tensor:
+    """Sum of the weights in each bin."""
+    out = torch.zeros(*edges.shape[:-1], edges.shape[-1] - 1, dtype=weight.dtype, device=weight.device)
+    return out.scatter_add_(-1, bin_index, weight)
 
 
 def _edges(upper: Float[Tensor, "batch heads sketched"]) -> Float[Tensor, "batch heads bins_plus_1"]:

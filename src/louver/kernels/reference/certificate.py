@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from louver.geometry.rounding import gamma, logit_slack, norm_above, sum_inflation
+from louver.kernels.reference.joint import joint_maximum
 from louver.kernels.reference.product import matmul
 from louver.sketch.layout import SCALES, Sketch
 
@@ -32,8 +33,8 @@ def certify(tiers: Tiers, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     """out (float32), lse, certificate and arithmetic bound of one step.
 
     With a_k the weight used, v'_k the value used, s_k the true logit within d_k nats, and o' = sum a v' / sum a:
-    |o - o'| <= (1 / Z_low) sum a_k ((e^{d_k} - 1) |v_k - o'| + |v_k - v'_k|). Sketched keys' terms make the certificate,
-    exact keys' terms (pure rounding) and the error of the sums themselves the arithmetic bound.
+    |o - o'| <= (1 / Z_low) sum a_k ((e^{d_k} - 1) |v_k - o'| + |v_k - v'_k|). Sketched keys' terms make the certificate (their
+    joint maximum where that is less), exact keys' terms (pure rounding) and the error of the sums themselves the arithmetic bound.
     """
     logits = torch.where(tiers.present, tiers.score * tiers.softmax_scale, -torch.inf)
     peak = logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -torch.inf)
@@ -64,10 +65,14 @@ def certify(tiers: Tiers, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     mean = tiers.sketch.value_mean[:, :, : out.shape[-1]].repeat_interleave(out.shape[1] // num_kv_heads, 1)
     away = (norm_above(mean - out) + accumulation)[..., None]
     surplus = torch.maximum(ceiling - weight, weight - floor)  # |true weight - weight|, at most
-    certificate = torch.where(sketched, surplus * (spread + away) + weight * error, 0.0)
+    moved = torch.where(sketched, surplus * (spread + away), 0.0)
+    coded = torch.where(sketched, weight * error, 0.0)
     nearby = size + (out_norm + accumulation)[..., None]
     rounding = torch.where(tiers.exact & tiers.present, surplus * nearby, 0.0)
-    certificate = _sum(certificate) * inflate / floor_total
+    certificate = _sum(moved + coded) * inflate / floor_total
+    distance = torch.where(sketched, spread + away, 0.0)
+    joint = joint_maximum(weight, floor, ceiling, distance, _sum(coded) * inflate)
+    certificate = torch.where(joint < certificate, joint, certificate)  # NaN says nothing
     arithmetic = _sum(rounding) * inflate / floor_total + accumulation
     arithmetic = arithmetic + norm_above(out.to(out_dtype).float() - out)
     return out, lse, _infinite_if_unknown(certificate), _infinite_if_unknown(arithmetic)

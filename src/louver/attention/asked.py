@@ -1,0 +1,28 @@
+"""What a policy promises of a step beyond its threshold, and what happens where a step can't keep it: everything is exact."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from louver.policies.mass import Mass
+from louver.policies.union import Union
+from louver.protocols import Cuts, Policy
+
+
+def asked_mass(policy: Policy) -> float | None:
+    """The share of the mass a policy certifies to drop at most; None where it certifies none."""
+    if isinstance(policy, Mass):
+        return policy.dropped_mass
+    if isinstance(policy, Union):
+        return min((x for m in policy.members if (x := asked_mass(m)) is not None), default=None)
+    return None
+
+
+def everything_where(failed: Tensor, cuts: Cuts) -> Cuts:
+    """Cuts that treat every key of the failed heads exactly."""
+
+    def lowered(cut: Tensor) -> Tensor:
+        return torch.where(failed, -torch.inf, cut)
+
+    return replace(cuts, unread=lowered(cuts.unread), fine=lowered(cuts.fine), exact=lowered(cuts.exact))

@@ -1,0 +1,66 @@
+"""A step under a policy that no rule expresses: it looks at the bounds, has the best keys scored, and looks again.
+
+Every op is asked for by the seam, so the policy works with every backend's bounds; the step is slower than one that a backend
+fuses, never different in kind. What is counted as read is the union over the looks.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from louver.attention.asked import asked_mass, everything_where
+from louver.index.sketch import SketchIndex
+from louver.kernels import get_ops
+from louver.kernels.ops import TierOutput
+from louver.kernels.reference.sample import sample_scores
+from louver.kernels.reference.step import keep_the_best
+from louver.kernels.reference.tighten import tighten
+from louver.protocols import COUNTS, Policy
+from louver.shapes import Query, Values
+from louver.sketch.layout import Sketch
+
+
+def attend_in_looks(
+    q: Query,
+    index: SketchIndex,
+    sketch: Sketch,
+    values: Values,
+    policy: Policy,
+    scale: float,
+    keep_best: bool,
+    record: bool,
+) -> TierOutput:
+    """One decode step. A dropped mass that was asked for is met in any case: a head that could not is attended exactly."""
+    store, ops = index.store, get_ops(index.backend)
+    place = (store.kv_start, store.kv_len, scale)
+    bounds = index.bounds(q, scale, policy.sinks, policy.recent)
+    if policy.sample is not None:
+        sample = sample_scores(q, store.keys, store.kv_start, store.kv_len, policy.sample)
+        bounds = replace(bounds, summary=replace(bounds.summary, sample=sample))
+    summary = bounds.summary
+    cuts, scored = policy.cuts(summary), torch.full_like(summary.shift, torch.inf)
+    for look in range(1, policy.looks):
+        last = look == policy.looks - 1
+        scored = torch.minimum(scored, cuts.exact if last else cuts.fine)
+        summary = tighten(q, store.keys, bounds, scored, *place, retire=last)
+        cuts = policy.cuts(replace(summary, sample=bounds.summary.sample))
+    if policy.looks > 1:
+        cuts = replace(cuts, unread=scored)
+    if keep_best:
+        cuts = keep_the_best(cuts, summary)
+    step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
+    asked = asked_mass(policy)
+    if asked is not None and bool((failed := ~(step.dropped_mass_bound <= asked)).any()):
+        cuts = everything_where(failed, cuts)
+        step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
+    if policy.sample is not None:
+        step = replace(step, counts=_with_sample(step.counts, policy.sample.size))
+    return step
+
+
+def _with_sample(counts: Tensor, size: int) -> Tensor:
+    """The counts, with the keys of a sample among those scanned."""
+    counts = counts.clone()
+    counts[..., COUNTS.index("scanned")] += counts[..., COUNTS.index("keys")].clamp_max(size)
+    return counts

@@ -1,0 +1,83 @@
+"""A step under ``error:EPS``: look, spend precision where the certificate comes from, and check what was asked.
+
+    1. attend with the policy's first cuts: an output, its certificate, and every term of it
+    2. lower the cuts where the certificate is above EPS |out|, by the terms; attend again
+    3. once more, aiming lower by what was missed
+    4. whoever still misses is exact everywhere, so its certificate is 0
+
+Cuts only sink from pass to pass, so the last pass reads all that any pass read. What is asked is
+certificate + arithmetic_bound <= EPS |out|; where arithmetic alone is more, or the output tiny, the certificate is 0 instead.
+"""
+
+import warnings
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from louver.attention.asked import everything_where
+from louver.errors import LouverWarning
+from louver.index.sketch import SketchIndex
+from louver.kernels import get_ops
+from louver.kernels.ops import TierOutput
+from louver.kernels.reference.terms import error_terms
+from louver.policies.output_error import OutputError
+from louver.protocols import Cuts
+from louver.shapes import PerQueryHead, Query, Values
+from louver.sketch.layout import Sketch
+
+AIM = 0.97  # of what is allowed: the output moves a little when precision is added
+
+
+def attend_within(
+    q: Query, index: SketchIndex, sketch: Sketch, values: Values, policy: OutputError, scale: float, record: bool
+) -> TierOutput:
+    """One decode step whose certificate is at most error |out| for every head, or 0."""
+    store, ops = index.store, get_ops(index.backend)
+    bounds = index.bounds(q, scale, policy.sinks, policy.recent)
+
+    def attend(cuts: Cuts) -> TierOutput:
+        place = (store.kv_start, store.kv_len, scale)
+        return ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, False, record)
+
+    cuts = policy.cuts(bounds.summary)
+    step = attend(cuts)
+    aim = torch.full_like(step.certificate, AIM)
+    for _ in range(2):
+        allowed = allowed_error(step, policy)
+        if not bool((missed := ~(step.certificate <= allowed)).any()):
+            break
+        wanted = policy.settle(bounds.summary, error_terms(step.out, sketch, bounds), aim * allowed)
+        cuts = _lower_where(missed, cuts, wanted)
+        step = attend(cuts)
+        aim = aim * (allowed_error(step, policy) / step.certificate).nan_to_num(0.0, posinf=1.0).clamp(0, 1)
+    # Making one head of a group exact moves its neighbours' outputs, so look once more until nobody misses.
+    while bool((missed := ~(step.certificate <= allowed_error(step, policy))).any()):
+        cuts = everything_where(missed, cuts)
+        step = attend(cuts)
+        if not bool((step.certificate > 0)[missed].any()) and not bool(torch.isnan(step.certificate).any()):
+            continue
+        break  # not finite: nothing can be promised, and the certificate says so
+    norm = step.out.float().norm(dim=-1)
+    if bool(((step.arithmetic_bound > policy.error * norm) & (norm > 0)).any()):
+        warnings.warn(
+            f"{policy.spec} asks for less than the arithmetic of exact attention can promise in {q.dtype} for some heads; "
+            "their keys are all exact, and arithmetic_bound says what is left",
+            LouverWarning,
+            stacklevel=4,
+        )
+    return step
+
+
+def allowed_error(step: TierOutput, policy: OutputError) -> PerQueryHead:
+    """The certificate that meets what was asked: error |out| less arithmetic, and no less than 0."""
+    norm = step.out.float().norm(dim=-1) * (1 - 1e-5)  # rounded down
+    return (policy.error * norm - step.arithmetic_bound).nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+
+
+def _lower_where(missed: Tensor, cuts: Cuts, wanted: Cuts) -> Cuts:
+    def lowered(name: str) -> Tensor:
+        before = getattr(cuts, name)
+        return torch.where(missed, torch.minimum(before, getattr(wanted, name)), before)
+
+    return replace(cuts, **{name: lowered(name) for name in ("unread", "fine", "exact")})
