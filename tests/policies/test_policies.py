@@ -1,6 +1,7 @@
 """Policies keep what they say: never fewer exact keys than asked, exactly the top of a ranking, every key above a threshold."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 
 from helpers import absolute_scores, build_case, true_scores
 from louver import FlatIndex, attend
+from louver.errors import LouverWarning
 from louver.kernels import available_backends
-from louver.policies import Budget, Dense, ExactFraction, Fixed, TopK, parse
+from louver.kernels.reference.sample import reservoir
+from louver.policies import Budget, Dense, ExactFraction, Fixed, Mass, OutputError, Relative, TopK, parse
 from strategies import cases
 
 backends = pytest.mark.parametrize("backend", available_backends())
@@ -128,6 +131,16 @@ def test_selecting_nothing_gives_zero_and_minus_infinity():
         "fixed:-3.5",
         "dense+sinks:4",
         "topk:8+sinks:4+recent:64",
+        "error:0.05",
+        "mass:0.001+recent:2",
+        "relative:9.2",
+        "sample-max",
+        "sample-topk:4+size:64+seed:3+sinks:1",
+        "sample-mean-max+seed:1",
+        "sample-gap",
+        "sample-budget:0.1",
+        "topk:20|mass:0.01",
+        "exact:0.01|exact:0.2+unread:0+sinks:4",
     ],
 )
 def test_a_canonical_spec_reads_back(spec):
@@ -141,6 +154,9 @@ def test_a_canonical_spec_reads_back(spec):
         st.builds(TopK, k=st.integers(1, 10**9), sinks=st.integers(0, 99), recent=st.integers(0, 99)),
         st.builds(Fixed, tau=st.floats(allow_nan=False), sinks=st.integers(0, 99)),
         st.builds(Dense, sinks=st.integers(0, 99)),
+        st.builds(Mass, dropped_mass=st.floats(1e-9, 0.999), recent=st.integers(0, 99)),
+        st.builds(Relative, nats=st.floats(0, 1e6)),
+        st.builds(OutputError, error=st.floats(1e-9, 0.999), sinks=st.integers(0, 99)),
     )
 )
 def test_every_policy_survives_its_own_spec(policy):
@@ -154,3 +170,95 @@ def test_other_spellings_mean_the_same():
     assert parse("fixed:1e+5+sinks:2") == Fixed(tau=1e5, sinks=2)
     assert parse("fixed:2.e+1") == Fixed(tau=20.0)
     assert parse("exact:0.01+unread:0.02") == ExactFraction(fraction=0.01, unread_mass=0.02)
+
+
+@backends
+@given(case=cases(TAME), nats=st.sampled_from((0.0, 0.7, 5.0, 40.0)), flat=st.booleans())
+def test_relative_keeps_all_that_is_close_to_the_best(backend, case, nats, flat):
+    index = FlatIndex.build(case.keys, case.values, kv_start=case.kv_start, kv_len=case.kv_len) if flat else None
+    result = attend(case.q, index or case.index(backend), policy=Relative(nats=nats), record=True)
+    truth, best, slack = rank_in_truth(case, 1)
+    fuzz = case.q.shape[2] * 2.0**-52 * absolute_scores(case)
+    tau = best - nats / case.softmax_scale
+    close = case.valid() & (truth - fuzz >= tau[..., None] + best.abs()[..., None] * 2.0**-20)
+    assert not (close & ~result.exact_mask).any(), "a key close to the best was lost"
+    if not flat:
+        return
+    blur = torch.where(case.valid(), slack, 0.0).amax(-1, keepdim=True) if slack.shape[-1] else slack
+    far = truth < tau[..., None] - blur - best.abs()[..., None] * 2.0**-20
+    assert not (result.exact_mask & far).any(), "a key far from the best was kept"
+
+
+@backends
+@given(
+    case=cases(TAME),
+    pair=st.sampled_from((("topk:3", "mass:0.3"), ("relative:2", "budget:0.2"), ("fixed:1", "topk:2"))),
+)
+def test_a_union_keeps_what_each_member_promises(backend, case, pair):
+    index = case.index(backend)
+    result = attend(case.q, index, policy="|".join(pair), record=True)
+    for spec in pair:
+        member = attend(case.q, index, policy=spec, record=True)
+        if spec.startswith("mass"):
+            assert (result.dropped_mass_bound <= 0.3).all()
+        else:
+            fuzz = case.q.shape[2] * 2.0**-52 * absolute_scores(case)
+            promised = case.valid() & (true_scores(case) - fuzz >= member.tau.double()[..., None])
+            assert not (promised & ~result.exact_mask).any()
+
+
+@given(length=st.integers(0, 200), size=st.integers(1, 64), seed=st.integers(0, 9))
+def test_a_reservoir_changes_by_one_key_at_most(length, size, seed):
+    def drawn(n):
+        positions, present = reservoir(torch.tensor([n]), 256, size, seed)
+        return set(positions[0][present[0]].tolist())
+
+    before, after = drawn(length), drawn(length + 1)
+    assert len(before) == min(size, length) and before <= set(range(length))
+    assert len(after - before) <= 1 and len(before - after) <= 1
+
+
+def test_a_reservoir_is_uniform():
+    """Over 2,000 seeds every key of 50 is drawn about as often: chi-squared well inside its range."""
+    hits = torch.zeros(50)
+    for seed in range(2000):
+        positions, _ = reservoir(torch.tensor([50]), 50, 10, seed)
+        hits[positions[0]] += 1
+    assert hits.sum() == 20_000
+    chi_squared = ((hits - 400) ** 2 / (400 * 0.8)).sum()
+    assert 20 < chi_squared < 95
+
+
+def test_estimators_by_hand():
+    def tau(spec, scores):
+        summary = FlatIndex.build(torch.randn(1, 1, 4, 8)).summarize(torch.randn(1, 1, 8), 1.0)
+        return parse(spec).cuts(replace(summary, sample=torch.tensor([[scores]]))).exact.item()
+
+    scores = [1.0, 9.0, 2.0, 4.0, math.nan]
+    assert tau("sample-max", scores) == 9 and tau("sample-topk:3", scores) == 2 and tau("sample-topk:200", scores) == 1
+    assert tau("sample-mean-max", scores) == (4 + 9) / 2
+    assert tau("sample-gap", scores) == 9 and tau("sample-gap", [9.0, 8.0, 2.0, 1.0]) == 8
+    assert tau("sample-budget:0.5", scores) == 4 and tau("sample-budget:0.51", scores) == 2
+    assert tau("sample-max", [math.nan]) == -math.inf
+
+
+@backends
+def test_a_sample_is_charged(backend):
+    case = build_case(4, kv_len=512, batch=1)
+    few, many = (attend(case.q, case.index(backend), policy=f"sample-max+size:{n}").stats for n in (8, 200))
+    assert (few.num_scanned >= 8).all() and (many.num_scanned >= 200).all()
+
+
+@backends
+def test_asking_for_less_than_arithmetic_is_clamped_with_a_warning(backend):
+    case = build_case(5, kv_len=300, dtype=torch.bfloat16)
+    with pytest.warns(LouverWarning, match="asks for less than the arithmetic"):
+        result = attend(case.q, case.index(backend), policy="error:0.0001", record=True)
+    assert (result.certificate == 0).all() and torch.equal(result.exact_mask, case.valid().expand_as(result.exact_mask))
+
+
+@backends
+def test_more_error_reads_less(backend):
+    case = build_case(6, kv_len=2000, batch=1)
+    read = [attend(3 * case.q, case.index(backend), policy=f"error:{e}").stats.bytes_fraction for e in (0.02, 0.1, 0.5)]
+    assert read[0] > read[1] > read[2]

@@ -76,7 +76,9 @@ def parse(spec: str | Policy) -> Policy:
     head, *options = re.split(r"(?<![0-9.][eE])\+", spec.strip())
     name, _, argument = head.partition(":")
     if name not in _POLICIES:
-        raise PolicyError(f"unknown policy {name!r} in {spec!r}; known: {'; '.join(known_policies())}")
+        raise PolicyError(
+            f"unknown policy {name!r} in {spec!r}; known: {', '.join(usage.split()[0] for usage in known_policies())}"
+        )
     policy, field, read, usage = _POLICIES[name]
     if (field is None) != (argument == ""):
         raise PolicyError(f"{spec!r} cannot be read; usage: {usage}")

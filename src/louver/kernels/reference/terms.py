@@ -15,7 +15,7 @@ from louver.sketch.layout import Sketch
 
 def error_terms(out: Query, sketch: Sketch, bounds: Bounds) -> ErrorTerms:
     """The terms of a step whose output, in float32, is about ``out`` [batch, num_q_heads, head_dim]."""
-    summary, scale = bounds.summary, bounds.summary.softmax_scale
+    sketch, summary, scale = sketch.by_row(), bounds.summary, bounds.summary.softmax_scale
     group_size = out.shape[1] // sketch.value_mean.shape[1]
     sketched = bounds.estimate.shape[2]
     num_blocks = sketched // sketch.config.frame_len
