@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from louver.cli.console import Stages, console, reports_errors
@@ -17,6 +18,8 @@ from louver.experiments.experiment import Experiment
 from louver.experiments.rows import Row, write_bytes, write_rows
 
 experiment = typer.Typer(help="Measure bounds, policies and baselines on a real model.", no_args_is_help=True)
+
+WIDEST_TABLE = 200
 
 Json = Annotated[Path | None, typer.Option(help="Write the rows to this file.")]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Add rows_per_layer to the file.")]
@@ -37,7 +40,7 @@ def command_of(described: Experiment) -> Any:
         if json is not None:
             kept = {name: rest for name, rest in more.items() if per_layer or name != "rows_per_layer"}
             write_rows(json, rows, seed=getattr(config, "seed", 0), **kept)
-        console.print(table_of(described, rows))
+        print_whole(table_of(described, rows))
         console.print(f"\n{described.finding(rows)}", soft_wrap=True)
         _draw(described, rows, plot)
 
@@ -57,6 +60,11 @@ def command_of(described: Experiment) -> Any:
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = described.summary
     return command
+
+
+def print_whole(table: Table) -> None:
+    """Print a table as wide as it is: a narrow terminal wraps its lines, and a file gets them whole."""
+    Console(width=max(console.width, WIDEST_TABLE), highlight=False).print(table)
 
 
 def table_of(described: Experiment, rows: list[dict[str, Any]]) -> Table:

@@ -31,6 +31,7 @@ class AnnOptions:
     num_probes: int = 16  # ivf: lists that a search looks into
     num_codes: int = 16  # pq: bytes per key
     bits_per_channel: int = 4  # lsh
+    rescored: int = 1  # pq, lsh: candidates per key wanted, of which the best by true score are taken
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -57,13 +58,24 @@ class AnnIndex:
         """Up to k ids for each of q [m, head_dim]: int64 [m, k], -1 where the index found fewer."""
         if self.options.kind == "hnsw":
             self.index.hnsw.efSearch = max(self.options.ef_search, k)
+        if self.options.kind == "ivf":
+            self.index.nprobe = self.options.num_probes
         return torch.from_numpy(self.index.search(_numpy(q), k)[1]).to(q.device)
+
+    def search_rescored(self, q: Tensor, k: int, keys: Tensor) -> Tensor:
+        """As search, from ``rescored`` times as many candidates by their true scores with keys [n, head_dim]."""
+        wide = min(self.options.rescored * k, self.num_keys)
+        found = self.search(q, wide)
+        if wide == k:
+            return found
+        scores = (q.float()[:, None] @ keys.float()[found.clamp(min=0)].mT)[:, 0].masked_fill(found < 0, -torch.inf)
+        return found.gather(1, scores.topk(k).indices)
 
     def cost(self, q: Tensor, k: int) -> tuple[float, float]:
         """Mean keys compared in full, and mean bytes read of the index, per search of q [m, head_dim] for k keys.
 
         HNSW counts its comparisons (16-bit keys, and the links of each key it visits). IVF reads its centroids and the keys of the
-        lists it probes. PQ and LSH read every code.
+        lists it probes. PQ and LSH read every code, and the keys they score again.
         """
         import faiss
 
@@ -78,7 +90,8 @@ class AnnIndex:
             counted.indexIVF_stats.reset()
             self.search(q, k)
             return counted.indexIVF_stats.ndis / len(q), float(self.index.nlist * row)
-        return 0.0, float(self.num_keys * self.index.sa_code_size())
+        rescored = min(options.rescored * k, self.num_keys) if options.rescored > 1 else 0
+        return float(rescored), float(self.num_keys * self.index.sa_code_size())
 
     def memory_bytes(self) -> int:
         """Bytes of the index beyond the 16-bit keys themselves."""
@@ -96,14 +109,13 @@ class Ann(Selecting):
         self.budget, self.options = check_budget(budget), AnnOptions(kind=kind, **options)
         self._indexes: dict[tuple[int, int], AnnIndex] = {}  # by row and KV head
         self._starts: list[int] = []  # of the rows the indexes were built for
-        self._cost: Tensor | None = None
+        self._asked: Tensor | None = None  # the last query
 
     def select(self, q: Query, valid: RowMask, softmax_scale: float) -> HeadMask:
         """What the indexes return; a budget of all keys needs no index."""
         batch, num_kv_heads = self.store.keys.shape[:2]
         group = q.shape[1] // num_kv_heads
         mask = torch.zeros(batch, q.shape[1], len(self.store), dtype=torch.bool, device=q.device)
-        self._cost = torch.zeros(batch, num_kv_heads, dtype=torch.int64, device=q.device)
         starts = self.store.kv_start.tolist()
         if starts != self._starts:
             self._indexes, self._starts = {}, starts
@@ -115,16 +127,28 @@ class Ann(Selecting):
                 continue
             for head in range(num_kv_heads):
                 index, mine = self._refreshed(row, head, start), slice(head * group, (head + 1) * group)
-                found = index.search(q[row, mine], k)
+                found = index.search_rescored(q[row, mine], k, self.store.keys[row, head, start:])
                 mask[row, mine, start:] = _mask(found, length)
-                compared, read = index.cost(q[row, mine], k)
-                self._cost[row, head] = int(group * (read + 2 * self.store.keys.shape[3] * compared))
+        self._asked = q
         return mask
 
     def index_bytes(self, valid: RowMask) -> Tensor:
-        """Index bytes and compared keys of all searches of the group together."""
-        assert self._cost is not None
-        return self._cost
+        """What all searches of a group read of the index."""
+        return self._account(valid, 1)
+
+    def compared(self, valid: RowMask) -> Tensor:
+        """Keys that all searches of a group compare, as if no two compared the same."""
+        return self._account(valid, 0)
+
+    def _account(self, valid: RowMask, which: int) -> Tensor:
+        """One of the figures of ``AnnIndex.cost``, found by searching once more."""
+        assert self._asked is not None, "select comes first"
+        total = super().compared(valid)
+        group = self._asked.shape[1] // total.shape[1]
+        for (row, head), index in self._indexes.items():
+            k = int(num_kept(self.budget, torch.tensor(index.num_keys)))
+            total[row, head] = int(group * index.cost(self._asked[row, head * group : (head + 1) * group], k)[which])
+        return total
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on; the indexes are built anew."""
@@ -147,6 +171,7 @@ class Ann(Selecting):
             index = self._indexes[row, head] = AnnIndex(keys, self.options)
         elif index.num_keys < keys.shape[0]:
             index.add(keys[index.num_keys :])
+        index.options = self.options
         return index
 
 

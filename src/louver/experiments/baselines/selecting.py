@@ -61,6 +61,10 @@ class Selecting(OnStore, ABC):
         """Bytes a step reads to make its choice, per row and KV head; none for a choice made without looking."""
         return torch.zeros(valid.shape[0], self.store.keys.shape[1], dtype=torch.int64, device=valid.device)
 
+    def compared(self, valid: RowMask) -> Int[Tensor, "batch num_kv_heads"]:
+        """Keys scored in full to make the choice, those it takes apart; none for a choice made without full keys."""
+        return torch.zeros(valid.shape[0], self.store.keys.shape[1], dtype=torch.int64, device=valid.device)
+
     def learn(self, weights: Weights) -> None:
         """See the attention a step paid; for those that go by it."""
 
@@ -115,5 +119,6 @@ class Selecting(OnStore, ABC):
     def _stats(self, mask: HeadMask, valid: RowMask) -> StepStats:
         together = group_heads(mask, self.store.keys.shape[1]).any(2).sum(-1)
         num_keys = valid.sum(-1)[:, None].expand_as(together).contiguous()
-        stats = plain_stats(num_keys, together, together, self.store.keys.shape[3])
+        scanned = torch.maximum(together, self.compared(valid)).minimum(num_keys)
+        stats = plain_stats(num_keys, scanned, together, self.store.keys.shape[3])
         return replace(stats, index_bytes=self.index_bytes(valid))
