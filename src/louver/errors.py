@@ -29,5 +29,13 @@ class InputFileError(LouverError, ValueError):
     """A file or model given on the command line is missing or unreadable."""
 
 
+class CacheFileError(LouverError, ValueError):
+    """A saved cache is truncated, corrupt, of another format or of another model."""
+
+
+class OutOfRoomError(LouverError, ValueError):
+    """A cache does not fit where it was to live: the GPU, locked host memory or the disk."""
+
+
 class LouverWarning(UserWarning):
     """Something works, but not as fast or as widely as asked."""

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from integrations.scenarios import SCENARIOS, Prompts
+from integrations.scenarios import SCENARIOS, Prompts, generate
 from louver.attention import DenseAttention, LouverAttention
-from louver.integrations.transformers import attach
+from louver.integrations.transformers import LouverCache, attach
 from louver.sketch.layout import SketchConfig
 
 pytestmark = pytest.mark.model
@@ -71,3 +71,21 @@ def test_exact_share_stays_close(model, prompts, expected):
     assert torch.equal(greedy(model, prompts, cache), wanted)
     assert cache.summary().bytes_fraction < 0.8
     assert cache.summary().coarse_fraction > 0
+
+
+def test_64_steps_are_the_same_from_every_store(model, prompts, tmp_path):
+    """And from a file: half of the steps, saved, the other half in a cache that maps it."""
+    text = prompts.rows[0].repeat(4)[None]
+
+    def greedy(cache, inputs, steps):
+        return generate(model, {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, cache, steps)
+
+    device = greedy(attach(model, policy="exact:0.01"), text, 64)
+    assert torch.equal(greedy(attach(model, policy="exact:0.01", store="host"), text, 64), device)
+    disk = attach(model, policy="exact:0.01", store="disk", path=tmp_path)
+    half = greedy(disk, text, 32)
+    disk.save(tmp_path / "cache")
+    loaded = LouverCache.load(tmp_path / "cache", model.config, store="disk", path=tmp_path)
+    assert torch.equal(greedy(loaded, half, 32), device)
+    assert torch.equal(greedy(disk, half, 32), device)
+    assert loaded.summary().coarse_fraction > 0

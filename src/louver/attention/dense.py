@@ -22,16 +22,13 @@ _MAX_FUSED_HEAD_DIM = 256
 
 
 class DenseAttention(OnStore):
-    """Attends every valid key exactly. A LayerAttention.
-
-    Args:
-        reserve_tokens: allocate this many tokens at once (speed only, never results).
-    """
+    """Attends every valid key exactly. A LayerAttention; the arguments are those of OnStore."""
 
     def observe(self, queries: Tensor, kv_start: PerRow | None, softmax_scale: float) -> None:
         """Note the padding of the rows; dense attention learns nothing from queries."""
         if kv_start is not None:
             self.store.kv_start = kv_start
+        self.store.settle()
 
     def attend(self, q: Query, softmax_scale: float, kv_start: PerRow | None = None) -> AttendResult:
         """Attention of q [batch, num_q_heads, head_dim] over the valid tokens held.
@@ -52,10 +49,6 @@ class DenseAttention(OnStore):
     def select_batch(self, ids: Tensor) -> None:
         """Rearrange, repeat or drop rows: row i becomes the old row ids[i]."""
         self.store.select_batch(ids)
-
-    def memory_bytes(self) -> dict[str, int]:
-        """Bytes held, by name; there is no index."""
-        return {"keys_values": self.store.memory_bytes(), "index": 0}
 
 
 def attend_everything(

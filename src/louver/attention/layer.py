@@ -1,10 +1,15 @@
 """LouverAttention: one layer's cache, its index and its policy, behind the LayerAttention seam."""
 
+import os
+from dataclasses import asdict
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from louver.attention.dense import attend_everything
 from louver.attention.on_store import OnStore
+from louver.attention.room import check_room
 from louver.attention.sparse import attend
 from louver.errors import PolicyError
 from louver.index.ball import BallIndex
@@ -14,7 +19,7 @@ from louver.kernels import resolve_backend
 from louver.policies.base import Dense
 from louver.policies.spec import parse
 from louver.protocols import AttendResult, KeyIndex, Policy
-from louver.shapes import PerRow, Query, check_query
+from louver.shapes import Keys, PerRow, Query, Values, check_query
 from louver.sketch.layout import SketchConfig
 
 INDEXES = ("sketch", "flat", "ball")
@@ -28,7 +33,11 @@ class LouverAttention(OnStore):
         index: "sketch", or "flat" or "ball" for retrieval without a sketch. Speed only.
         config: how the cache is sketched. Speed only.
         backend: which kernels; "auto" is the fastest the device has. Speed only.
+        store: where exact keys and values live: "device" (where the model is), "host" (RAM; of a model on a GPU only the
+            sketch stays there) or "disk" (memory-mapped files, for a model on a CPU). Speed and memory only.
+        path: of a store on disk: the folder of its working files.
         reserve_tokens: allocate this many tokens at once. Speed only.
+        max_gpu_bytes: raise an OutOfRoomError before this layer would hold more than that on the GPU.
     """
 
     def __init__(
@@ -38,11 +47,18 @@ class LouverAttention(OnStore):
         index: str = "sketch",
         config: SketchConfig | None = None,
         backend: str = "auto",
+        store: str = "device",
+        path: str | os.PathLike[str] | None = None,
         reserve_tokens: int = 0,
+        max_gpu_bytes: int | None = None,
     ) -> None:
-        super().__init__(reserve_tokens=reserve_tokens)
+        super().__init__(store=store, path=path, reserve_tokens=reserve_tokens)
         self.policy = parse(policy)
+        self.max_gpu_bytes = max_gpu_bytes
+        if config is None:
+            config = SketchConfig(values=not self.policy.drops)
         resolve_backend(backend)
+        self._index_name = index
         self.index: KeyIndex
         if index == "sketch":
             self.index = SketchIndex(self.store, config=config, backend=backend)
@@ -62,6 +78,20 @@ class LouverAttention(OnStore):
             position = torch.arange(self.kv_len - queries.shape[2], self.kv_len, device=queries.device)
             self.index.fix_metric(queries, position >= self.store.kv_start[:, None])
         self.index.refresh()
+        self.store.settle()
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Keys, Values]:
+        """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views.
+
+        Raises:
+            OutOfRoomError: they would take more of the GPU than max_gpu_bytes.
+        """
+        if self.max_gpu_bytes is not None and keys.is_cuda:
+            config = self.index.config if isinstance(self.index, SketchIndex) else None
+            check_room(
+                keys, self.kv_len + keys.shape[2], config, self.store_config.store == "device", self.max_gpu_bytes
+            )
+        return super().append(keys, values)
 
     def attend(self, q: Query, softmax_scale: float, kv_start: PerRow | None = None) -> AttendResult:
         """Attention of q [batch, num_q_heads, head_dim] over the tokens held, by this layer's policy."""
@@ -88,5 +118,25 @@ class LouverAttention(OnStore):
         self.index.select_batch(ids)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held, by name, room to grow included."""
-        return {"keys_values": self.store.memory_bytes(), "index": self.index.memory_bytes()}
+        """Bytes held, room to grow included: ``keys_values`` and ``index``, and the same bytes by where they are."""
+        memory, index = super().memory_bytes(), self.index.memory_bytes()
+        place = "gpu" if self.store.keys.is_cuda else "host"
+        return memory | {"index": index, place: memory[place] + index}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a file needs to go on from here: tensors, and the arguments that make a layer like this one."""
+        held = self.store.values
+        assert held is not None, "a layer of a model holds values"
+        tensors = {"keys": self.store.keys, "values": held, "kv_start": self.store.kv_start}
+        arguments: dict[str, Any] = {"policy": self.policy.spec, "index": self._index_name}
+        if isinstance(self.index, SketchIndex):
+            tensors |= {f"sketch.{name}": x for name, x in self.index.state().items()}
+            arguments["config"] = asdict(self.index.config)
+        return tensors, arguments
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from the tensors of ``state``, taken from a layer made with the same arguments. Only for an empty layer."""
+        self.store.adopt(tensors["keys"], tensors["values"], tensors["kv_start"])
+        if isinstance(self.index, SketchIndex):
+            prefix = "sketch."
+            self.index.restore({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)})

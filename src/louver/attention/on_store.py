@@ -1,20 +1,27 @@
 """What every LayerAttention over one store of its own has in common: taking in tokens, and saying how many there are."""
 
+import os
+
 from torch import Tensor
 
-from louver.kv.device import DeviceStore
+from louver.kv.stores import StoreConfig
 from louver.shapes import Keys, Values
 
 
 class OnStore:
-    """Holds a layer's exact keys and values in a DeviceStore.
+    """Holds a layer's exact keys and values in a store of its own.
 
     Args:
-        reserve_tokens: allocate this many tokens at once (speed only, never results).
+        store: "device" (where the model is), "host" (RAM) or "disk" (memory-mapped files). Speed and memory only.
+        path: of a store on disk: the folder of its working files.
+        reserve_tokens: allocate this many tokens at once. Speed only.
     """
 
-    def __init__(self, *, reserve_tokens: int = 0) -> None:
-        self.store = DeviceStore(reserve_tokens=reserve_tokens)
+    def __init__(
+        self, *, store: str = "device", path: str | os.PathLike[str] | None = None, reserve_tokens: int = 0
+    ) -> None:
+        self.store_config = StoreConfig(store=store, path=path, reserve_tokens=reserve_tokens)
+        self.store = self.store_config.make()
         self.record = False
 
     @property
@@ -28,3 +35,8 @@ class OnStore:
         held = self.store.values
         assert held is not None
         return self.store.keys, held
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held, room to grow included: ``keys_values`` and ``index``, and the same bytes by where they are."""
+        held = self.store.memory_bytes()
+        return {"keys_values": held, "index": 0, "gpu": 0, "host": 0, "disk": 0} | {self.store.place: held}

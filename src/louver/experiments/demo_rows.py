@@ -1,5 +1,6 @@
 """From what the demo measured to result rows, with the field names of docs/design.md."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def louver_row(
     free: Decoded,
     along: Decoded,
     kl: Tensor,
-    memory: dict[str, int],
+    memory: Mapping[str, int | float],
 ) -> dict[str, Any]:
     """The row of the Louver run: ``free`` decoded on its own under the audit, ``along`` followed the dense tokens."""
     kv_itemsize = getattr(torch, facts["dtype"]).itemsize

@@ -9,7 +9,6 @@ import math
 import os
 import platform
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from louver.errors import InputFileError
+from louver.files import replacing
 
 PACKAGES = ("louver", "torch", "numpy", "safetensors", "transformers", "triton", "vllm")
 
@@ -68,17 +68,9 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file atomically: a temporary file beside it, then one rename."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    """Write a file atomically, making its folder where needed."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def _plain(value: Any) -> Any:

@@ -221,6 +221,29 @@ class SketchIndex:
         """Bytes the index adds to the cache, room to grow included."""
         return 0 if self.sketch is None else self.sketch.memory_bytes()
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors a file needs to go on from here, in the canonical layout; nothing before the first tokens."""
+        if self.sketch is None:
+            return {}
+        state = self.sketch.trimmed()
+        if self._weight is not None:
+            state["metric_weight"] = self._weight
+        if self._encoded_start is not None:
+            state["encoded_start"] = self._encoded_start
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from the tensors of ``state``; the store already holds the tokens they describe."""
+        if not state:
+            return
+        held = {name: x.to(self.store.keys.device, copy=True) for name, x in state.items()}
+        self._weight, self._encoded_start = held.pop("metric_weight", None), held.pop("encoded_start", None)
+        if "value_codes" not in held:
+            self.config = replace(self.config, values=False)
+        self.sketch = Sketch(config=self.config, head_dim=self.store.keys.shape[3], **held)
+        self.backend = resolve_backend(self._asked_backend, self.store.keys.device)
+        self._settled = None
+
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version

@@ -5,6 +5,9 @@ Concatenating all keys and values at every step costs more than attention itself
 O(1) amortised per token. A view stays valid until its tokens are truncated and written over.
 """
 
+import copy
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -14,6 +17,8 @@ from louver.shapes import Keys, PerRow, Values, check_keys_values
 _ROUND_TOKENS = 64
 _NOTHING = torch.empty(0, 0, 0, 0)
 _NO_ROWS = torch.empty(0, dtype=torch.int32)
+
+Place = Literal["gpu", "host", "disk"]
 
 
 class DeviceStore:
@@ -46,15 +51,31 @@ class DeviceStore:
 
         Nothing is copied, and nothing written to the tensors: the first append moves to buffers of the store's own.
         """
-        check_keys_values(keys, values)
         store = cls()
-        store._keys, store._values, store._len = keys, values, keys.shape[2]
-        store._kv_start = _per_row(0 if kv_start is None else kv_start, keys)
-        store._kv_len = _per_row(keys.shape[2] if kv_len is None else kv_len, keys)
-        store._borrowed = True
-        _check_rows(store._kv_start, store._kv_len, keys.shape[2])
-        store._ragged = bool((store._kv_len != keys.shape[2]).any())
+        store._borrow(keys, values, kv_start, kv_len)
         return store
+
+    def _borrow(
+        self, keys: Keys, values: Values | None, kv_start: PerRow | None = None, kv_len: PerRow | None = None
+    ) -> None:
+        check_keys_values(keys, values)
+        self._keys, self._values, self._len = keys, values, keys.shape[2]
+        self._kv_start = _per_row(0 if kv_start is None else kv_start, keys)
+        self._kv_len = _per_row(keys.shape[2] if kv_len is None else kv_len, keys)
+        self._borrowed = True
+        _check_rows(self._kv_start, self._kv_len, keys.shape[2])
+        self._ragged = bool((self._kv_len != keys.shape[2]).any())
+
+    def adopt(self, keys: Keys, values: Values | None, kv_start: PerRow) -> None:
+        """Start with the tokens given, row i from kv_start[i] on. Only for a store that is empty."""
+        self.append(keys, values)
+        self.settle()
+        self.kv_start = kv_start
+
+    @property
+    def place(self) -> Place:
+        """Where the keys and values take up memory: on the GPU, in the host's RAM or in a file."""
+        return "gpu" if self._keys is not None and self._keys.is_cuda else "host"
 
     @property
     def is_empty(self) -> bool:
@@ -105,19 +126,27 @@ class DeviceStore:
         if self._keys is None:
             # Room for a quarter more from the start, or the first decode step would copy the whole prompt.
             capacity = self.reserve_tokens if self.reserve_tokens >= max(1, new_len) else _grown(new_len)
-            self._keys = _buffer(keys, capacity)
-            self._values = None if values is None else _buffer(values, capacity)
+            self._keys = self._buffer(keys, capacity)
+            self._values = None if values is None else self._buffer(values, capacity)
             self._kv_start = _per_row(0, keys)
         self._check_fits(keys, values)
         end = self._len + new_len
         if end > self.capacity or self._borrowed:
             self._resize(max(_rounded(end), _grown(self.capacity)))
+        self._write(keys, values, end)
+        self._len = end
+        self._kv_len = _per_row(end, self._keys)
+
+    def _write(self, keys: Tensor, values: Tensor | None, end: int) -> None:
+        """Put the new tokens into the buffers, up to position end."""
+        assert self._keys is not None
         self._keys[:, :, self._len : end].copy_(keys)
         if values is not None:
             assert self._values is not None
             self._values[:, :, self._len : end].copy_(values)
-        self._len = end
-        self._kv_len = _per_row(end, self._keys)
+
+    def settle(self) -> None:
+        """Say that the prompt just appended has been attended and indexed. Here that changes nothing."""
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on; a longer kv_len than the store holds changes nothing."""
@@ -151,10 +180,28 @@ class DeviceStore:
             old = getattr(self, name)
             if old is None:
                 continue
-            new = _buffer(old, capacity, batch=len(rows))
+            new = self._buffer(old, capacity, batch=len(rows))
             torch.index_select(old[:, :, : self._len], 0, rows, out=new[:, :, : self._len])
             setattr(self, name, new)
         self._borrowed = False
+
+    def _buffer(self, like: Tensor, capacity: int, batch: int | None = None) -> Tensor:
+        """An uninitialised buffer for capacity tokens of rows like the given ones."""
+        # A buffer made inside inference_mode could not be written to outside of it; an ordinary one can be, in both.
+        with torch.inference_mode(False):
+            shape = (like.shape[0] if batch is None else batch, like.shape[1], capacity, like.shape[3])
+            return self._allocate(shape, like.dtype, like.device)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def __deepcopy__(self, memo: dict) -> "DeviceStore":
+        twin = copy.copy(self)
+        if self._keys is not None:
+            twin._resize(self.capacity)
+            twin._kv_start, twin._kv_len = self.kv_start.clone(), self.kv_len.clone()
+        memo[id(self)] = twin
+        return twin
 
     def _check_fits(self, keys: Tensor, values: Tensor | None) -> None:
         held = self.keys
@@ -183,13 +230,6 @@ def _rounded(tokens: int) -> int:
 
 def _grown(tokens: int) -> int:
     return _rounded(tokens + tokens // 4)
-
-
-def _buffer(like: Tensor, capacity: int, batch: int | None = None) -> Tensor:
-    # A buffer made inside inference_mode could not be written to outside of it; an ordinary one can be, in both.
-    with torch.inference_mode(False):
-        shape = (like.shape[0] if batch is None else batch, like.shape[1], capacity, like.shape[3])
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _per_row(value: Tensor | int, like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from louver.attention import LouverAttention
 from louver.errors import LouverWarning
 from louver.integrations.transformers.padding import Padding, PaddingReader
 from louver.integrations.transformers.stats import DecodeStats
@@ -82,6 +83,18 @@ class LouverLayer(CacheLayerMixin):
         self._unanswered = 0
         self._no_tokens: Tensor | None = None
         self.set_recording(self.shared.observer is not None)
+
+    def restore(
+        self, make_attention: Callable[[int], LouverAttention], tensors: dict[str, Tensor], padding: Padding | None
+    ) -> None:
+        """Become a layer served by make_attention that goes on from a saved one's tensors and padding."""
+        self._make_attention = make_attention
+        self.reset()
+        assert isinstance(self.attention, LouverAttention)
+        with ordinary_tensors():
+            self.attention.restore(tensors)
+            self.lazy_initialization(tensors["keys"], tensors["values"])
+        self.padding = padding
 
     def set_recording(self, record: bool) -> None:
         """Ask the LayerAttention for the evidence an observer wants, if it has a switch for that."""
