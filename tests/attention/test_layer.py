@@ -1,15 +1,21 @@
 """LouverAttention serves decode steps through the LayerAttention seam: the same tokens however the cache was handled."""
 
 import copy
+import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from helpers import build_case, true_attention, within_certificate
 from louver import LouverAttention
 from louver.attention import DenseAttention
+from louver.kernels import available_backends
 from louver.protocols import LayerAttention
 from louver.sketch import SketchConfig
+from strategies import cases
 
 CONFIG = SketchConfig(frame_len=16)
 SPECS = ["exact:0.1", "exact:1.0", "topk:4+sinks:2+recent:3", "budget:0.2", "fixed:1", "dense"]
@@ -116,3 +122,46 @@ def test_the_seam_is_met_and_memory_is_told():
     held = layer.memory_bytes()
     assert held["keys_values"] >= 2 * case.keys.numel() * 4 and held["index"] > 0
     assert layer_over(case, "topk:3", index="flat").memory_bytes()["index"] == 0
+
+
+@pytest.mark.parametrize("backend", available_backends())
+@given(cases(ragged=False, max_blocks=3), st.integers(1, 16), st.sampled_from(SPECS[:-1]), st.booleans(), st.booleans())
+def test_several_tokens_at_once(backend, case, q_len, spec, padded, prompt_first):
+    """Each is within its certificate of float64 over the tokens up to its own, and its mask ends there."""
+    batch, num_q_heads, head_dim = case.q.shape
+    kv_len = case.keys.shape[2]
+    assume(kv_len >= q_len)
+    kv_start = torch.tensor([0, max(0, kv_len - q_len - 3), 1][:batch] if padded else [0] * batch, dtype=torch.int32)
+    kv_start = kv_start.clamp(max=kv_len - q_len)
+    layer = LouverAttention(spec, config=case.config, backend=backend)
+    layer.record = True
+    q = torch.stack([case.q.roll(i, 1) for i in range(q_len)], 2)
+    first = kv_len - q_len if prompt_first else 0
+    if first:
+        layer.append(case.keys[:, :, :first], case.values[:, :, :first])
+        layer.observe(q[:, :, :first], kv_start, case.softmax_scale)
+    layer.append(case.keys[:, :, first:], case.values[:, :, first:])
+    result = layer.attend_many(q, case.softmax_scale, kv_start)
+    assert result.out.shape == (batch * q_len, num_q_heads, head_dim)
+    position = torch.arange(kv_len)
+    for i in range(q_len):
+        end = kv_len - q_len + 1 + i
+        seen = dataclasses.replace(case, q=q[:, :, i], kv_start=kv_start, kv_len=torch.full((batch,), end).int())
+        part = SimpleNamespace(
+            out=result.out[i::q_len],
+            certificate=result.certificate[i::q_len],
+            arithmetic_bound=result.arithmetic_bound[i::q_len],
+        )
+        assert within_certificate(seen, part).all()
+        assert (result.stats.num_keys[i::q_len] == (end - kv_start)[:, None]).all()
+        assert not result.exact_mask[i::q_len][..., position >= end].any()
+
+
+def test_one_token_of_several_is_what_it_is_alone():
+    case = build_case(7, kv_len=96, batch=1)
+    alone, together = layer_over(case, "exact:0.1"), layer_over(case, "exact:0.1")
+    q = torch.randn(1, 4, 5, 64)
+    result = together.attend_many(q, 0.125)
+    torch.testing.assert_close(result.out[-1:], alone.attend(q[:, :, -1], 0.125).out)
+    assert layer_over(case, "dense").attend_many(q, 0.125) is None
+    assert layer_over(case, "topk:3", index="flat").attend_many(q, 0.125) is None

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from integrations.scenarios import as_argument, generate
 from integrations.tiny_models import gemma3, llama
 from louver.attention import DenseAttention, LouverAttention
+from louver.experiments.audit import Audit
 from louver.integrations.transformers import LouverCache, attach
 from louver.sketch.layout import SketchConfig
 
@@ -139,6 +140,19 @@ def test_observer_sees_every_decode_step(model, prompts):
     generate(model, prompts.left_padded, cache, 2)
     assert len(steps) == 8
     assert not cache.served_layers[0].attention.record
+
+
+def test_observer_sees_each_of_several_tokens(model, prompts):
+    """Its audit finds every promise kept, against the tokens each of them may see."""
+    cache, audit = attach(model, layer=short_blocks("topk:4")), Audit(drops=True)
+    with torch.no_grad():
+        model(**prompts.single, **cache.kwargs())
+        cache.observer = audit
+        model(prompts.follow_up, **cache.kwargs())
+    length, new = cache.get_seq_length(), prompts.follow_up.shape[1]
+    assert len(audit.steps) == 2 * new
+    assert [step.counts["keys"] for step in audit.steps[:new]] == [2 * n for n in range(length - new + 1, length + 1)]
+    assert all(step.num_false_negatives == step.num_bound_violations == 0 for step in audit.steps)
 
 
 def test_an_observer_survives_reset(model, prompts):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from integrations.conftest import SERVED_BY
 from integrations.scenarios import as_argument, generate
 from integrations.tiny_models import llama
 from louver.errors import LouverWarning
@@ -131,3 +132,25 @@ def test_everything_cropped_leaves_no_padding_behind(prompts, layer):
     assert cache.get_seq_length() == 0
     assert torch.equal(generate(model, prompts.single, cache, 8), single)
     assert cache.stats.num_dense_calls == 0
+
+
+def test_several_tokens_are_served_under_a_causal_mask_only(prompts):
+    """As many as hook.MOST_TOKENS, padded or not; a mask that hides more, or less, is obeyed densely."""
+    layer = SERVED_BY["exact:1.0"]
+    prompt, mask = prompts.left_padded["input_ids"], prompts.left_padded["attention_mask"]
+    for new, served in ((2, True), (16, True), (17, False)):
+        ids = [prompt[:, :-new], prompt[:, -new:]] if new < 17 else [prompt[:, :-17], prompt[:, -17:]]
+        padded = [mask[:, : ids[0].shape[1]], mask]
+        expected, logits, cache = both_ways(ids, padded, layer)
+        for row, length in enumerate(mask.sum(1)):
+            torch.testing.assert_close(logits[row, -length:], expected[row, -length:], rtol=1e-4, atol=1e-5)
+        assert (cache.summary().num_steps == 2) is served
+    ids, length = prompts.single["input_ids"], prompts.single["input_ids"].shape[1]
+    tree = torch.ones(4, length, dtype=torch.bool).tril(length - 4)
+    tree[2, -3] = False  # two guesses beside each other
+    full = torch.ones(4, length, dtype=torch.bool)
+    for odd in (tree, full):
+        _, logits, cache = both_ways([ids[:, :-4], ids[:, -4:]], [None, odd[None, None]], layer)
+        expected, _, _ = both_ways([ids[:, :-4], ids[:, -4:]], [None, odd[None, None]], SERVED_BY["dense"])
+        torch.testing.assert_close(logits, expected)
+        assert cache.summary().num_steps == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from louver.attention.dense import attend_everything
 from louver.attention.on_store import OnStore
 from louver.attention.room import check_room
-from louver.attention.sparse import attend
+from louver.attention.sparse import attend, attend_many
 from louver.errors import PolicyError
 from louver.index.ball import BallIndex
 from louver.index.flat import FlatIndex
@@ -104,6 +104,17 @@ class LouverAttention(OnStore):
         return attend(
             q, self.index, policy=self.policy, softmax_scale=softmax_scale, keep_best=True, record=self.record
         )
+
+    def attend_many(self, q: Tensor, softmax_scale: float, kv_start: PerRow | None = None) -> AttendResult | None:
+        """Attention of the q_len tokens appended last, q [batch, num_q_heads, q_len, head_dim], each over the tokens up to its own.
+
+        The result has batch * q_len rows, those of one row's tokens side by side. None where this layer serves one token at a
+        time only: by the policy ``dense``, or without a sketch.
+        """
+        self._align(kv_start)
+        if isinstance(self.policy, Dense) or not isinstance(self.index, SketchIndex):
+            return None
+        return attend_many(q, self.index, self.policy, softmax_scale, keep_best=True, record=self.record)
 
     def _align(self, kv_start: PerRow | None) -> None:
         if kv_start is not None:

@@ -1,9 +1,11 @@
 """One decode step: bounds -> policy -> cuts -> a kernel, and the evidence that comes with the result."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from louver.attention.dense import attend_everything
 from louver.attention.looks import attend_in_looks
@@ -62,6 +64,43 @@ def attend(
     if isinstance(index, SketchIndex):
         return _attend_sketch(q, index, values, own_values, policy, scale, keep_best, record)
     return attend_retrieval(q, index, values, policy, scale, keep_best, record)
+
+
+def attend_many(
+    q: Tensor, index: SketchIndex, policy: Policy, softmax_scale: float, keep_best: bool = False, record: bool = False
+) -> AttendResult:
+    """Attention of the q_len tokens appended last, q [batch, num_q_heads, q_len, head_dim]; each sees the tokens up to its own.
+
+    The result has batch * q_len rows, those of one row's tokens side by side.
+    """
+    index.refresh()
+    rows, q_len, kv_len = q.transpose(1, 2), q.shape[2], index.store.keys.shape[2]
+
+    def step(q: Query, seen: SketchIndex) -> AttendResult:
+        values = seen.store.values
+        assert values is not None
+        check_query(q, seen.store.keys)
+        return _attend_sketch(q, seen, values, True, policy, softmax_scale, keep_best, record)
+
+    if index.backend in ("cpu", "reference"):  # a row's tokens in one step
+        steps = [step(rows[i], index.tokens_of(i, q_len)) for i in range(q.shape[0])]
+        return _joined(steps, torch.cat)
+    steps = [step(rows[:, i], index.prefix(kv_len - q_len + 1 + i)) for i in range(q_len)]
+    return _joined(steps, lambda parts: torch.stack(parts, 1).flatten(0, 1))
+
+
+def _joined(results: list[AttendResult], join: Callable[[list[Tensor]], Tensor]) -> AttendResult:
+    """The results of several steps of one layer as one."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    parts = {f.name: [getattr(r, f.name) for r in results] for f in fields(first) if f.name != "stats"}
+    masks = parts.pop("exact_mask")
+    if masks[0] is not None:
+        width = max(mask.shape[2] for mask in masks)
+        parts["exact_mask"] = [torch.nn.functional.pad(mask, (0, width - mask.shape[2])) for mask in masks]
+    stats = replace(first.stats, table=join([r.stats.table for r in results]))
+    return AttendResult(stats=stats, **{name: join(x) for name, x in parts.items()})
 
 
 def _attend_sketch(

@@ -189,6 +189,26 @@ class SketchIndex:
         earlier._weight, earlier._encoded_start = self._weight, self._encoded_start
         return earlier
 
+    def tokens_of(self, row: int, q_len: int) -> "SketchIndex":
+        """The last q_len tokens of a row as the rows of an index over the same memory; each row ends with its own token.
+
+        A block that one of these tokens closed is open to the tokens before it: its sketch speaks of what they must not see.
+        """
+        store, sketch = self.store, self._current()
+        keys, values = (
+            None if x is None else x[row : row + 1].expand(q_len, -1, -1, -1) for x in (store.keys, store.values)
+        )
+        assert keys is not None
+        start = store.kv_start[row : row + 1].expand(q_len).contiguous()
+        behind = torch.arange(q_len - 1, -1, -1, dtype=torch.int32, device=keys.device)
+        end = torch.maximum(store.kv_len[row] - behind, start)
+        seen = SketchIndex(DeviceStore.wrap(keys, values, start, end), config=self.config, backend=self.backend)
+        weight, mean = (x[row : row + 1].repeat(q_len, 1, 1) for x in (sketch.query_weight, sketch.value_mean))
+        num_blocks = torch.minimum(sketch.num_blocks[row], (end - start) // self.config.frame_len)
+        pages = torch.full((q_len, 1), row, dtype=torch.int32, device=keys.device)
+        seen.sketch = replace(sketch, num_blocks=num_blocks, query_weight=weight, value_mean=mean, pages=pages)
+        return seen
+
     @property
     def bytes_per_search(self) -> Int[Tensor, "batch num_kv_heads"]:
         """Bytes of the sketch that one search reads, whatever it finds."""

@@ -1,7 +1,8 @@
 """The attention function named "louver": asks the layer that marked the keys, or does what transformers' SDPA does.
 
-Served: one new token per row on a LouverLayer, with no mask or a left-padding mask. Everything else (prefill, several new
-tokens at once, another cache, an unusual mask) is dense attention by transformers' own SDPA function on the same tensors.
+Served: one new token per row on a LouverLayer, with no mask or a left-padding mask, and up to 16 new tokens with a causal one,
+as assisted decoding verifies them. Everything else (prefill, another cache, an unusual mask) is dense attention by
+transformers' own SDPA function on the same tensors.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from louver.integrations.transformers.layer import LouverLayer, layer_of
 from louver.integrations.transformers.support import check_call, check_no_training
 
 NAME = "louver"
+MOST_TOKENS = 16  # new tokens per row that count as decoding; more are a prompt, or a part of one
 
 
 def register() -> None:
@@ -47,7 +49,7 @@ def louver_attention_forward(
         check_no_training(key, dropout)
         out = _ask(layer, query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
         if out is not None:
-            return out[:, None], None
+            return out, None
     out, _ = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -55,7 +57,7 @@ def louver_attention_forward(
 
 
 def _ask(layer: LouverLayer, query: Tensor, mask: Tensor | None, softmax_scale: float) -> Tensor | None:
-    """The layer's output [batch, num_q_heads, head_dim] for a decode step, None where attention is to be dense."""
+    """The layer's output [batch, q_len, num_q_heads, head_dim] for a decode step, None where attention is to be dense."""
     layer.answered()
     padding = layer.shared.read_padding(mask)
     is_decode = query.shape[2] == 1
@@ -68,6 +70,10 @@ def _ask(layer: LouverLayer, query: Tensor, mask: Tensor | None, softmax_scale: 
             )
         return None
     if is_decode:
-        return layer.attend(query[:, :, 0], padding, softmax_scale)
+        return layer.attend(query[:, :, 0], padding, softmax_scale)[:, None]
+    if layer.get_seq_length() > query.shape[2] <= MOST_TOKENS and layer.shared.read_padding.is_causal(mask):
+        out = layer.attend_many(query, padding, softmax_scale)
+        if out is not None:
+            return out
     layer.observe(query, padding, softmax_scale)
     return None

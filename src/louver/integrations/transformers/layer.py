@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from louver.attention import LouverAttention
 from louver.errors import LouverWarning
+from louver.integrations.transformers import as_of
 from louver.integrations.transformers.padding import Padding, PaddingReader
 from louver.integrations.transformers.stats import DecodeStats
 from louver.integrations.transformers.support import check_states
@@ -154,6 +155,22 @@ class LouverLayer(CacheLayerMixin):
         if self.shared.observer is not None:
             self.shared.observer(self.layer_idx, q, result, self.attention, softmax_scale)
         return result.out
+
+    def attend_many(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor | None:
+        """The output [batch, q_len, num_q_heads, head_dim] of the tokens appended last; None where attention is to be dense.
+
+        ``attend_many`` is an optional method of a LayerAttention. The observer is told of one token after another.
+        """
+        many = getattr(self.attention, "attend_many", None)
+        with ordinary_tensors():
+            result = None if many is None else many(q, softmax_scale, padding.kv_start)
+        if result is None:
+            return None
+        self.shared.stats.add(self.layer_idx, result)
+        if self.shared.observer is not None:
+            for i, (one, seen) in enumerate(as_of.steps(result, self.attention, q.shape[2])):
+                self.shared.observer(self.layer_idx, q[:, :, i], one, seen, softmax_scale)
+        return result.out.unflatten(0, (-1, q.shape[2]))
 
     def observe(self, queries: Tensor, padding: Padding, softmax_scale: float) -> None:
         """Show the LayerAttention the queries [batch, num_q_heads, q_len, head_dim] of a prompt."""

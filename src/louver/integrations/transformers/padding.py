@@ -45,20 +45,40 @@ def read_padding(mask: Tensor | None) -> Padding | None:
     return Padding(kv_start, tuple(counts)) if any(counts) else NO_PADDING
 
 
+def is_causal(mask: Tensor, padding: Padding) -> bool:
+    """Whether every row of mask [batch, 1, q_len, kv_len] is the last one, cut after its own token."""
+    q_len, kv_len = mask.shape[2:]
+    position = torch.arange(kv_len, device=mask.device)
+    expected = position <= torch.arange(kv_len - q_len, kv_len, device=mask.device)[:, None]
+    if padding.kv_start is not None:
+        expected = expected & (position >= padding.kv_start[:, None])[:, None]
+    return bool((mask[:, 0] == expected).all())
+
+
 class PaddingReader:
-    """``read_padding`` that reads each mask tensor once."""
+    """``read_padding`` and ``is_causal``, which read each mask tensor once."""
 
     def __init__(self) -> None:
         self._mask: Tensor | None = None
         self._padding: Padding | None = NO_PADDING
+        self._causal: bool | None = None  # not asked yet
 
     def __call__(self, mask: Tensor | None) -> Padding | None:
         """The left padding stated by mask, None if it is no left padding."""
         if mask is None:
             return NO_PADDING
         if mask is not self._mask:
-            self._mask, self._padding = mask, read_padding(mask)
+            self._mask, self._padding, self._causal = mask, read_padding(mask), None
         return self._padding
+
+    def is_causal(self, mask: Tensor | None) -> bool:
+        """Whether mask says of each query that it sees every token up to its own and no padding."""
+        padding = self(mask)
+        if mask is None or padding is None:
+            return False  # without a mask, transformers' SDPA takes several queries for the first tokens of the row
+        if self._causal is None:
+            self._causal = is_causal(mask, padding)
+        return self._causal
 
     def __deepcopy__(self, memo: dict) -> "PaddingReader":
         return PaddingReader()
