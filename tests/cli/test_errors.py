@@ -20,9 +20,15 @@ def run(*arguments):
         (["demo", "--document", "no-such-file.txt"], "no-such-file.txt"),
         (["demo", "--model", "./no-such-model"], "no such folder"),
         (["demo", "--backend", "abacus"], "'abacus' is not available"),
+        (
+            ["demo", "--index", "ball", "--policy", "exact:0.01"],
+            "needs the sketch's values, which index='ball' has not",
+        ),
+        (["demo", "--index", "tree"], "wanted one of sketch, flat, ball"),
         (["generate", "./no-such-model", "--prompt-file", "no-such-file.txt"], "no-such-file.txt"),
         (["generate", "./no-such-model", "--prompt-file", __file__], "no such folder"),
         (["generate", "./no-such-model", "--prompt-file", __file__, "--policy", "topk:0"], "keeps nothing"),
+        (["generate", "demo", "--prompt-file", __file__, "--index", "tree"], "wanted one of sketch, flat, ball"),
     ],
 )
 def test_bad_input_is_one_line(arguments, says, tmp_path):

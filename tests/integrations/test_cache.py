@@ -10,6 +10,7 @@ from integrations.scenarios import as_argument, generate
 from integrations.tiny_models import gemma3, llama
 from louver.attention import DenseAttention, LouverAttention
 from louver.experiments.audit import Audit
+from louver.errors import PolicyError
 from louver.integrations.transformers import LouverCache, attach
 from louver.sketch.layout import SketchConfig
 
@@ -220,3 +221,17 @@ def test_repr(model, prompts):
     assert "of dense bytes" in repr(cache) and "relative certificate" in repr(cache.stats)
     assert repr(attach(model)).startswith("LouverCache(exact:0.01, ")
     assert repr(cache.layers[0]) == f"LouverLayer(0, LouverAttention, {cache.get_seq_length()} tokens)"
+
+
+@pytest.mark.parametrize("index", ["ball", "flat"])
+def test_other_indexes_serve_retrieval(model, prompts, index):
+    """With every key kept, whatever finds them decodes the tokens of dense attention."""
+    expected = generate(model, prompts.single, DynamicCache(config=model.config), 12)
+    cache = attach(model, policy="budget:1", index=index)
+    assert torch.equal(generate(model, prompts.single, cache, 12), expected)
+    assert type(cache.served_layers[0].attention.index).__name__.lower() == f"{index}index"
+
+
+def test_a_policy_that_drops_nothing_needs_the_sketch(model):
+    with pytest.raises(PolicyError, match="index='ball' has not"):
+        attach(model, policy="exact:0.01", index="ball")

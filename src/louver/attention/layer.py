@@ -30,7 +30,7 @@ class LouverAttention(OnStore):
 
     Args:
         policy: what a step keeps; a specification or a policy. Changes results, within its certificate.
-        index: "sketch", or "flat" or "ball" for retrieval without a sketch. Speed only.
+        index: "sketch", or "flat" or "ball" for retrieval policies without a sketch. Speed only.
         config: how the cache is sketched. Speed only.
         backend: which kernels; "auto" is the fastest the device has. Speed only.
         store: where exact keys and values live: "device" (where the model is), "host" (RAM; of a model on a GPU only the
@@ -38,6 +38,10 @@ class LouverAttention(OnStore):
         path: of a store on disk: the folder of its working files.
         reserve_tokens: allocate this many tokens at once. Speed only.
         max_gpu_bytes: raise an OutOfRoomError before this layer would hold more than that on the GPU.
+
+    Raises:
+        PolicyError: the policy or the index is unknown, or the policy needs a sketch and the index is another.
+        BackendError: the backend is not there.
     """
 
     def __init__(
@@ -58,16 +62,21 @@ class LouverAttention(OnStore):
         if config is None:
             config = SketchConfig(values=not self.policy.drops)
         resolve_backend(backend)
+        if index not in INDEXES:
+            raise PolicyError(f"index={index!r} is unknown; wanted one of {', '.join(INDEXES)}")
+        if index != "sketch" and not (self.policy.drops or isinstance(self.policy, Dense)):
+            raise PolicyError(
+                f"policy {self.policy.spec!r} drops nothing, so it needs the sketch's values, which index={index!r} has not; "
+                "use a retrieval policy such as 'budget:0.1', or index='sketch'"
+            )
         self._index_name = index
         self.index: KeyIndex
         if index == "sketch":
             self.index = SketchIndex(self.store, config=config, backend=backend)
         elif index == "flat":
             self.index = FlatIndex(self.store)
-        elif index == "ball":
-            self.index = BallIndex(self.store)
         else:
-            raise PolicyError(f"index={index!r} is unknown; wanted one of {', '.join(INDEXES)}")
+            self.index = BallIndex(self.store)
 
     def observe(self, queries: Tensor, kv_start: PerRow | None, softmax_scale: float) -> None:
         """See the prompt's queries [batch, num_q_heads, q_len, head_dim]: the first ones set the metric; then encode."""
@@ -150,4 +159,6 @@ class LouverAttention(OnStore):
         self.store.adopt(tensors["keys"], tensors["values"], tensors["kv_start"])
         if isinstance(self.index, SketchIndex):
             prefix = "sketch."
-            self.index.restore({k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)})
+            mine = {k.removeprefix(prefix): x for k, x in tensors.items() if k.startswith(prefix)}
+            if mine:  # a cache of another index has no sketch: one is made at the next step
+                self.index.restore(mine)

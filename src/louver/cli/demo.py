@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from louver.cli.console import Stages, console, errors, reports_errors
+from louver.cli.defaults import INDEX_HELP, POLICY_HELP, default_policy
 from louver.cli.demo_report import report
 from louver.experiments.demo import Config, run
 from louver.experiments.document import QUESTION
@@ -18,7 +19,8 @@ def demo(
     model: Annotated[str | None, typer.Option(help="A folder or hub name. Default: a 135M model, offline.")] = None,
     document: Annotated[Path | None, typer.Option(help="A text file. Default: Python's own help topics.")] = None,
     question: Annotated[str, typer.Option(help="Asked about the document.")] = QUESTION,
-    policy: Annotated[str, typer.Option(help="What a decode step keeps.")] = "exact:0.01",
+    policy: Annotated[str | None, typer.Option(help=POLICY_HELP)] = None,
+    index: Annotated[str, typer.Option(help=INDEX_HELP)] = "sketch",
     tokens: Annotated[int, typer.Option(min=1, help="Cut the document to this many tokens.")] = 6000,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Decode this many tokens, each way.")] = 32,
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
@@ -30,7 +32,8 @@ def demo(
         model=model,
         document=document,
         question=question,
-        policy=policy,
+        policy=policy or default_policy(index),
+        index=index,
         document_tokens=tokens,
         max_new_tokens=max_new_tokens,
         backend=backend,

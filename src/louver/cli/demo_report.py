@@ -19,7 +19,7 @@ _STEPS_PER_LINE = 40
 
 def report(demo: Demo) -> RenderableType:
     """Everything the demo found, on one screen."""
-    dense, louver = demo.rows
+    dense, louver = demo.rows[0], demo.rows[-1]
     parts = [
         _headline(louver),
         _answers(demo.texts, louver),
@@ -74,6 +74,11 @@ def _agreement(demo: Demo, row: dict[str, Any]) -> Lines:
             f"mean {row['kl_nats']:.1e}, worst {row['kl_nats_max']:.1e} nats; a bar per decade",
         ),
     ]
+    if "num_equal_tokens_flat" in row:
+        flat = f"{row['num_equal_tokens_flat']} of {row['num_tokens']}"
+        lines.insert(
+            1, ("equal to a search", flat, "that reads every key: what differs from dense is the policy's doing")
+        )
     first = row["first_divergence"]
     if first is not None:
         step = demo.rows_per_step[first]
@@ -128,7 +133,7 @@ def _cost(dense: dict[str, Any], row: dict[str, Any]) -> Lines:
     slower = row["latency_vs_dense"]
     lines: Lines = [
         (
-            "sketch memory",
+            f"{row['index']} memory",
             f"{row['index_memory_fraction_16bit']:.0%}",
             f"of a 16-bit cache; here {row['index_bytes'] / 2**20:.0f} MiB beside {row['keys_values_bytes'] / 2**20:.0f} MiB "
             f"of {row['dtype']}",

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from louver.cli.console import Stages, console, errors, reports_errors
+from louver.cli.defaults import INDEX_HELP, POLICY_HELP, default_policy
 from louver.experiments.generation import Config, run
 from louver.experiments.rows import write_rows
 
@@ -16,7 +17,8 @@ def generate(
     prompt_file: Annotated[Path, typer.Option(help="The text to read.")],
     question: Annotated[str | None, typer.Option(help="Put under the text.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Go through the model's chat template.")] = False,
-    policy: Annotated[str, typer.Option(help="What a decode step keeps.")] = "exact:0.01",
+    policy: Annotated[str | None, typer.Option(help=POLICY_HELP)] = None,
+    index: Annotated[str, typer.Option(help=INDEX_HELP)] = "sketch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
@@ -27,7 +29,8 @@ def generate(
         prompt_file=prompt_file,
         question=question,
         chat=chat,
-        policy=policy,
+        policy=policy or default_policy(index),
+        index=index,
         max_new_tokens=max_new_tokens,
         backend=backend,
     )

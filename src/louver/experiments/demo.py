@@ -2,7 +2,8 @@
 
 One prefill serves every decode, each on its own copy of the cache: dense, then Louver while an Audit repeats each step of each
 layer in float64 (its time is not counted). Where the texts part, Louver decodes once more along the dense tokens, so that the
-logits of every step can be compared.
+logits of every step can be compared. The ball index is shown beside the flat one, which reads every key: under one policy both
+must find the same keys, so what differs from dense is the policy's doing.
 """
 
 import copy
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from louver.attention import LouverAttention
 from louver.errors import InputFileError, UnsupportedModelError
 from louver.experiments.audit import Audit
-from louver.experiments.decoding import Decoded, decode, kl_nats, prefill, stop_tokens
+from louver.experiments.decoding import Decoded, decode, prefill, stop_tokens
 from louver.experiments.demo_model import demo_model, load_model
-from louver.experiments.demo_rows import layer_rows, louver_row, reference_row, step_rows
+from louver.experiments.demo_rows import Served, layer_rows, louver_row, reference_row, step_rows
 from louver.experiments.document import (
     QUESTION,
     Document,
@@ -29,6 +31,7 @@ from louver.experiments.document import (
     read_text,
 )
 from louver.experiments.picture import picture
+from louver.index import FlatIndex
 from louver.policies import parse
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -42,6 +45,7 @@ class Config:
     document: Path | None = None  # a text file; None: Python's own help topics
     question: str = QUESTION
     policy: str = "exact:0.01"
+    index: str = "sketch"  # sketch, flat or ball; the last two serve retrieval policies
     document_tokens: int = 6000  # the document is cut here
     max_new_tokens: int = 32  # decoding goes on past an end of text, so that every run measures as many steps
     backend: str = "auto"
@@ -71,6 +75,7 @@ def run(
     """
     policy = parse(config.policy)
     _check(config)
+    LouverAttention(policy, index=config.index, backend=config.backend)  # refused before the model takes its time
     on_progress("load the model", 0, 1)
     model, tokenizer = loaded or (load_model(config.model) if config.model else demo_model(say))
     on_progress("load the model", 1, 1)
@@ -79,25 +84,47 @@ def run(
     try:
         _prefill(model, cache, prompt, on_progress)
         dense = _decode(model, with_policy(cache, "dense"), prompt, config, "decode densely", on_progress)
-        free_cache, audit = copy.deepcopy(cache), Audit(drops=policy.drops)
-        free = _decode(model, free_cache, prompt, config, "decode through Louver", on_progress, audit)
-        along = free  # the same tokens, so the same path
-        if free.tokens != dense.tokens:
-            along = _decode(model, cache, prompt, config, "compare along dense", on_progress, None, dense.tokens)
+        truth = None
+        if config.index == "ball":
+            truth = _served(
+                model, with_flat_index(cache), prompt, config, "decode without an index", on_progress, dense
+            )
+        found = _served(model, cache, prompt, config, "decode through Louver", on_progress, dense)
     finally:
         model.set_attn_implementation("sdpa")  # as it came
-    facts, kl = _facts(model, free_cache), kl_nats(dense.logits, along.logits)
-    texts = {name: _text(model, tokenizer, run.tokens) for name, run in (("dense", dense), ("louver", free))}
+    rows = [reference_row(_facts(model, found, config.index), dense)]
+    if truth is not None:
+        rows.append(louver_row(_facts(model, truth, "flat"), policy, dense, truth))
+    rows.append(louver_row(_facts(model, found, config.index), policy, dense, found, truth))
+    texts = {name: _text(model, tokenizer, run.tokens) for name, run in (("dense", dense), ("louver", found.free))}
     return Demo(
-        rows=[
-            reference_row(facts, dense),
-            louver_row(facts, policy, audit, dense, free, along, kl, free_cache.memory()),
-        ],
-        rows_per_layer=layer_rows(policy, audit),
-        rows_per_step=step_rows(tokenizer, audit, dense, free, along, kl),
+        rows=rows,
+        rows_per_layer=layer_rows(policy, found.audit),
+        rows_per_step=step_rows(tokenizer, dense, found),
         texts={"question": config.question, **texts},
-        picture=picture(tokenizer, audit, prompt, num_steps=len(free.tokens), num_q_heads=facts["num_q_heads"]),
+        picture=picture(
+            tokenizer, found.audit, prompt, num_steps=len(dense.tokens), num_q_heads=rows[0]["num_q_heads"]
+        ),
     )
+
+
+def _served(
+    model: Any, cache: Any, prompt: Prompt, config: Config, stage: str, on_progress: Progress, dense: Decoded
+) -> Served:
+    """Decode on a copy of the cache under an audit; then, where the tokens differ, on the cache along the dense ones."""
+    branch, audit = copy.deepcopy(cache), Audit(drops=cache.policy.drops)
+    free = along = _decode(model, branch, prompt, config, stage, on_progress, audit)
+    if free.tokens != dense.tokens:
+        along = _decode(model, cache, prompt, config, "compare along dense", on_progress, None, dense.tokens)
+    return Served(cache=branch, audit=audit, free=free, along=along)
+
+
+def with_flat_index(cache: Any) -> Any:
+    """A copy of a LouverCache, tokens included, whose searches read every key."""
+    branch = copy.deepcopy(cache)
+    for layer in branch.served_layers:
+        layer.attention.index = FlatIndex(layer.attention.store)
+    return branch
 
 
 def with_policy(cache: Any, spec: str) -> Any:
@@ -136,7 +163,7 @@ def _prompt(config: Config, model: Any, tokenizer: Any) -> Prompt:
 def _attach(model: Any, config: Config) -> Any:
     from louver.integrations.transformers import attach
 
-    cache = attach(model, policy=config.policy, backend=config.backend)
+    cache = attach(model, policy=config.policy, backend=config.backend, index=config.index)
     if not cache.served_layers:
         raise UnsupportedModelError(
             "no layer of this model has full attention, so there is nothing for Louver to serve"
@@ -187,8 +214,9 @@ def _decode(
     )
 
 
-def _facts(model: Any, cache: Any) -> dict[str, Any]:
+def _facts(model: Any, served: Served, index: str) -> dict[str, Any]:
     """What every row says about the model and the cache."""
+    cache = served.cache
     text, attention = model.config.get_text_config(), cache.served_layers[0].attention
     keys: Tensor = attention.store.keys
     return {
@@ -200,6 +228,7 @@ def _facts(model: Any, cache: Any) -> dict[str, Any]:
         "num_layers_served": len(cache.served_layers),
         "dtype": str(keys.dtype).removeprefix("torch."),
         "device": keys.device.type,
+        "index": index,
         "backend": attention.index.backend,
         "num_threads": torch.get_num_threads(),
     }

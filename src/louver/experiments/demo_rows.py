@@ -1,14 +1,24 @@
 """From what the demo measured to result rows, with the field names of docs/design.md."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from louver.experiments.audit import STAGES, Audit, LayerStep
-from louver.experiments.decoding import Decoded
+from louver.experiments.decoding import Decoded, kl_nats
 from louver.protocols import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A Louver run: ``free`` decoded on its own under the audit, ``along`` followed the dense tokens."""
+
+    cache: Any  # the LouverCache after ``free``
+    audit: Audit
+    free: Decoded
+    along: Decoded
 
 
 def reference_row(facts: dict[str, Any], dense: Decoded) -> dict[str, Any]:
@@ -24,26 +34,22 @@ def reference_row(facts: dict[str, Any], dense: Decoded) -> dict[str, Any]:
 
 
 def louver_row(
-    facts: dict[str, Any],
-    policy: Policy,
-    audit: Audit,
-    dense: Decoded,
-    free: Decoded,
-    along: Decoded,
-    kl: Tensor,
-    memory: Mapping[str, int | float],
+    facts: dict[str, Any], policy: Policy, dense: Decoded, served: Served, truth: Served | None = None
 ) -> dict[str, Any]:
-    """The row of the Louver run: ``free`` decoded on its own under the audit, ``along`` followed the dense tokens."""
+    """The row of a Louver run; ``truth`` is the run that searched the same thresholds by reading every key."""
+    free, memory = served.free, served.cache.memory()
+    kl = kl_nats(dense.logits, served.along.logits)
     kv_itemsize = getattr(torch, facts["dtype"]).itemsize
+    flat = {} if truth is None else {"num_equal_tokens_flat": _num_equal(truth.free, free)}
     return {
         **facts,
         "policy": policy.spec,
-        "index": "sketch",
-        **_evidence(policy, audit.steps),
+        **_evidence(policy, served.audit.steps),
         "num_tokens": len(free.tokens),
-        "num_equal_tokens": sum(a == b for a, b in zip(dense.tokens, free.tokens, strict=True)),
+        "num_equal_tokens": _num_equal(dense, free),
+        **flat,
         "first_divergence": _first_divergence(dense, free),
-        "top1_agreement": _mean(torch.tensor(dense.tokens) == torch.tensor(along.tokens)),
+        "top1_agreement": _mean(torch.tensor(dense.tokens) == torch.tensor(served.along.tokens)),
         "kl_nats": _mean(kl),
         "kl_nats_max": float(kl.max()),
         **_latency(free),
@@ -62,10 +68,10 @@ def layer_rows(policy: Policy, audit: Audit) -> list[dict[str, Any]]:
     return [{"layer": i, **_evidence(policy, [s for s in audit.steps if s.layer == i])} for i in layers]
 
 
-def step_rows(
-    tokenizer: Any, audit: Audit, dense: Decoded, free: Decoded, along: Decoded, kl: Tensor
-) -> list[dict[str, Any]]:
+def step_rows(tokenizer: Any, dense: Decoded, served: Served) -> list[dict[str, Any]]:
     """One row per decoded token. ``dense_margin`` is how far dense attention's best logit is ahead of its second."""
+    audit, free, along = served.audit, served.free, served.along
+    kl = kl_nats(dense.logits, along.logits)
     num_steps = len(dense.tokens)
     per_step = len(audit.steps) // num_steps
     best = dense.logits.topk(2, dim=-1).values
@@ -123,6 +129,10 @@ def _recall(steps: list[LayerStep]) -> float:
     """Of the keys whose true score reaches tau, the share treated exactly; 1 where there are none."""
     relevant = sum(s.num_relevant for s in steps)
     return 1.0 - sum(s.num_false_negatives for s in steps) / relevant if relevant else 1.0
+
+
+def _num_equal(one: Decoded, other: Decoded) -> int:
+    return sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True))
 
 
 def _first_divergence(dense: Decoded, free: Decoded) -> int | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from louver.attention import LouverAttention
 from louver.errors import InputFileError
 from louver.experiments.decoding import decode, prefill, stop_tokens
 from louver.experiments.demo_model import demo_model, load_model
@@ -24,6 +25,7 @@ class Config:
     question: str | None = None  # put under the file's text
     chat: bool = False  # go through the model's chat template
     policy: str = "exact:0.01"
+    index: str = "sketch"  # sketch, flat or ball; the last two serve retrieval policies
     max_new_tokens: int = 128
     backend: str = "auto"
 
@@ -42,6 +44,7 @@ def run(
     from louver.integrations.transformers import attach
 
     policy = parse(config.policy)
+    LouverAttention(policy, index=config.index, backend=config.backend)  # refused before the model takes its time
     read_text(config.prompt_file)  # before the model takes its time
     if config.max_new_tokens < 1:
         raise InputFileError(f"max_new_tokens={config.max_new_tokens}; wanted at least 1")
@@ -49,7 +52,7 @@ def run(
     model, tokenizer = loaded or (demo_model() if config.model == DEMO else load_model(config.model))
     on_progress("load the model", 1, 1)
     prompt = build_prompt(tokenizer, read_document(config.prompt_file, tokenizer), config.question, config.chat)
-    cache = attach(model, policy=policy, backend=config.backend)
+    cache = attach(model, policy=policy, backend=config.backend, index=config.index)
     num_prefill, done = prompt.num_tokens - 1, 0
 
     def advance(num_tokens: int) -> None:
@@ -71,6 +74,7 @@ def run(
     summary, memory = cache.summary(), cache.memory()
     row = {
         "policy": policy.spec,
+        "index": config.index,
         "kv_len": prompt.num_tokens + len(decoded.tokens) - 1,
         "device": model.device.type,
         "num_tokens": len(decoded.tokens),

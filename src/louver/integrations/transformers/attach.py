@@ -20,11 +20,11 @@ def attach(model: nn.Module, policy: str | Policy = "exact:0.01", **options: Any
     Args:
         model: a decoder-only model of transformers' (or something that wraps one and passes its attributes on).
         policy: what a decode step keeps, such as ``exact:0.01`` (results).
-        **options: passed on to LouverCache.
+        **options: passed on to LouverCache, such as ``index="ball"``.
 
     Raises:
         UnsupportedModelError: the model does not do plain softmax attention.
-        PolicyError: the policy cannot be read.
+        PolicyError: the policy cannot be read, or needs a sketch and ``index`` is another.
     """
     decoder = check_model(model)
     cache = LouverCache(decoder.config, policy, **options)

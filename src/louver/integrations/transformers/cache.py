@@ -35,6 +35,7 @@ class LouverCache(Cache):
             layer. May be set at any time.
         reserve_tokens: allocate this many tokens at once (speed only).
         backend: which kernels to use, ``auto`` for the best there is (speed only).
+        index: ``sketch``, or ``flat`` or ``ball`` for retrieval policies without a sketch (speed only).
         history: keep the StepStats of this many layer steps in ``stats.history`` (memory only).
         store: where exact keys and values live (speed and memory only): ``device``, where the model is; ``host``, in RAM, so
             that of a model on a GPU only the sketch takes up the GPU; ``disk``, in memory-mapped files, for a model on a CPU.
@@ -43,7 +44,8 @@ class LouverCache(Cache):
 
     Raises:
         UnsupportedModelError: the model does not do plain softmax attention.
-        PolicyError: the policy cannot be read, or the store is unknown or lacks its path.
+        PolicyError: the policy cannot be read, or needs a sketch and ``index`` is another; or the store is unknown or lacks its
+            path.
         OutOfRoomError: the working files cannot be made.
     """
 
@@ -59,6 +61,7 @@ class LouverCache(Cache):
         store: str = "device",
         path: str | os.PathLike[str] | None = None,
         max_gpu_bytes: int | None = None,
+        index: str = "sketch",
     ) -> None:
         check_config(config)
         self._config = config
@@ -67,6 +70,7 @@ class LouverCache(Cache):
         theirs = DynamicCache(config=config).layers
         served = [type(layer) is DynamicLayer for layer in theirs]
         self.options: dict[str, Any] = {
+            "index": index,
             "backend": backend,
             "reserve_tokens": reserve_tokens,
             "store": store,

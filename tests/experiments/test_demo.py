@@ -1,0 +1,70 @@
+"""The demo over a tiny model: which rows it has, and that the ball index finds what a search of every key finds."""
+
+import pytest
+import torch
+
+from integrations import tiny_models
+from louver.errors import PolicyError
+from louver.experiments import generation
+from louver.experiments.demo import Config, run
+
+
+class Letters:
+    """A tokenizer for tiny models: one token per character, as slow tokenizers are, without a chat template."""
+
+    chat_template = None
+    is_fast = False
+    eos_token_id = None
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(c) % (tiny_models.VOCAB - 2) + 2 for c in text]}
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog " * 9)
+    return path
+
+
+def demo(text, **changes):
+    config = Config(document=text, document_tokens=390, max_new_tokens=6, question="who?", **changes)
+    return run(config, loaded=(tiny_models.llama(), Letters()))
+
+
+def test_the_sketch_stands_beside_dense(text):
+    found = demo(text)
+    assert [(row["index"], row["policy"]) for row in found.rows] == [("none", "dense"), ("sketch", "exact:0.01")]
+    assert found.rows[1]["num_bound_violations"] == found.rows[1]["num_false_negatives"] == 0
+    assert len(found.rows_per_step) == 6 and len(found.rows_per_layer) == 2
+
+
+def test_the_ball_index_stands_beside_flat_and_dense(text):
+    found = demo(text, index="ball", policy="budget:0.1")
+    assert [row["index"] for row in found.rows] == ["none", "flat", "ball"]
+    _, flat, ball = found.rows
+    assert ball["num_equal_tokens_flat"] == 6 and "num_equal_tokens_flat" not in flat
+    for name in ("recall", "num_relevant", "num_equal_tokens", "exact_fraction", "kl_nats"):
+        assert ball[name] == pytest.approx(flat[name], rel=1e-6), name
+    assert ball["recall"] == 1 and ball["num_bound_violations"] == 0 and ball["guarantee"] == "exact"
+    assert ball["index_bytes"] > flat["index_bytes"] == 0
+    assert ball["scanned_fraction"] < flat["scanned_fraction"] == 1
+
+
+def test_a_policy_that_needs_a_sketch_is_refused_at_the_door(text):
+    with pytest.raises(PolicyError, match="index='ball' has not"):
+        demo(text, index="ball", policy="exact:0.01")
+    with pytest.raises(PolicyError, match="index='tree' is unknown"):
+        demo(text, index="tree")
+
+
+def test_generation_takes_an_index(text):
+    config = generation.Config(model="tiny", prompt_file=text, policy="budget:0.1", index="ball", max_new_tokens=3)
+    model = tiny_models.llama()
+    (row,) = generation.run(config, loaded=(model, Letters()))
+    assert row["index"] == "ball" and row["num_tokens"] == 3 and row["index_bytes"] > 0
+    with torch.no_grad():
+        assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape[1] == 4
