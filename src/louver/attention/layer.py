@@ -86,7 +86,8 @@ class LouverAttention(OnStore):
         if isinstance(self.index, SketchIndex):
             position = torch.arange(self.kv_len - queries.shape[2], self.kv_len, device=queries.device)
             self.index.fix_metric(queries, position >= self.store.kv_start[:, None])
-        self.index.refresh()
+            self.index.refresh()
+        # Balls are smaller the more keys are grouped at once, so a BallIndex takes the whole prompt in at its first step.
         self.store.settle()
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Keys, Values]:

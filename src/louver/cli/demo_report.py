@@ -144,7 +144,11 @@ def _cost(dense: dict[str, Any], row: dict[str, Any]) -> Lines:
             f"dense {dense['latency_us_p50'] / 1e3:,.0f} ms (medians)",
         ),
     ]
-    if row["backend"] == "reference" and slower > 1:
+    if row["index"] != "sketch":
+        lines.append(
+            ("", "", f"{slower:.1f}× dense: only the sketch has compiled kernels, this index runs in plain PyTorch")
+        )
+    elif row["backend"] == "reference" and slower > 1:
         why = (
             f"{slower:.1f}× dense: the reference backend is the specification in plain PyTorch; it unpacks every 4-bit code "
             "into floats, so it moves more memory than it saves"
