@@ -96,3 +96,14 @@ def test_slices_add_up(slicing, head_dim, count):
     assert split.rounding == 0 or slicing == "rotated"
     used = split.channels[split.channels < head_dim]
     assert used.sort().values.tolist() == list(range(head_dim))
+
+
+def test_norms_that_float64_rounds_down_are_inside():
+    """sqrt(1 + 2^-60) and 1/2 + 2^-100 are 1 and 1/2 in float64, and so would be a radius and a half-width."""
+    group, keep = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    point = torch.tensor([[[1.0, 2.0**-30]]])
+    ball = Balls.fit(point, torch.zeros(1, 1, 2).half(), group, keep)
+    assert Fraction(float(ball.radius)) ** 2 >= 1 + Fraction(1, 2**60)
+    points, both = torch.tensor([[[1.0], [-(2.0**-100)]]]), torch.ones(1, 2, dtype=torch.bool)
+    box = Boxes.fit(points, torch.zeros(1, 1, 1).half(), torch.zeros(1, 2, dtype=torch.int64), both)
+    assert Fraction(float(box.center)) - Fraction(float(box.half)) <= -Fraction(1, 2**100)

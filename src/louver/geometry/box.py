@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from louver.geometry.ball import round_up_float16
+from louver.geometry.ball import NORM_ERROR, round_up_float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Boxes:
         high = torch.full_like(empty, -torch.inf).scatter_reduce(-2, wide, high, "amax")
         low, high = (torch.where(torch.isfinite(y), y, 0.0) for y in (low, high))
         middle = ((low + high) / 2).half()
-        half = torch.maximum(high - middle.double(), middle.double() - low)
+        half = torch.maximum(high - middle.double(), middle.double() - low) * (1 + NORM_ERROR)
         return cls(center=middle, half=round_up_float16(half))
 
     def half_width(self, q: Float[Tensor, "*lead rows width"]) -> Float[Tensor, "*lead rows groups"]:

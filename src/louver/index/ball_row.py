@@ -104,7 +104,7 @@ class BallRow:
             assert isinstance(enclosure, Balls)
             enclosure = replace(enclosure, center=_keys_at(split.split(_clean(keys)[0]), self.center_key))
         largest = enclosure.reach().amax(-1) if enclosure.center.shape[2] else x.new_zeros(x.shape[:2])
-        norm = query_norm(x) * (1 + 1e-5)  # heads subspaces group_size
+        norm = query_norm(x) * (1 + 1e-3)  # so that the slack overflows before any sum it stands for
         reach = norm * largest[..., None]
         turned = split.rounding * norm.norm(dim=1, keepdim=True) * largest.norm(dim=1)[:, None, None] * (1 + 1e-5)
         terms = split.count * split.width + split.count + 24
