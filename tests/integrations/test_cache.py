@@ -9,8 +9,8 @@ from transformers import DynamicCache
 from integrations.scenarios import as_argument, generate
 from integrations.tiny_models import gemma3, llama
 from louver.attention import DenseAttention, LouverAttention
-from louver.experiments.audit import Audit
 from louver.errors import PolicyError
+from louver.experiments.audit import Audit
 from louver.integrations.transformers import LouverCache, attach
 from louver.sketch.layout import SketchConfig
 
