@@ -87,7 +87,8 @@ def load(
     _check_model(path, json.loads(facts["model"]), _describe(config))
     layers = json.loads(facts["layers"])
     index = next((saved["louver"]["index"] for saved in layers if "louver" in saved), "sketch")
-    cache = make_cache(config, policy or facts["policy"] or "dense", **({"index": index} | options))
+    options = {"index": index, **options}
+    cache = make_cache(config, policy or facts["policy"] or "dense", **options)
     if not (policy or facts["policy"]):
         cache.policy = None
     available = facts["device"] == "cpu" or torch.cuda.is_available()
