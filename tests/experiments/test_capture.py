@@ -6,17 +6,10 @@ from safetensors.torch import save_file
 from torch.nn.functional import scaled_dot_product_attention
 
 from experiments.captures import tiny_capture
+from experiments.words import Words
 from integrations import tiny_models
 from louver.errors import InputFileError
 from louver.experiments.capture import Capture, Config, full_attention_layers, run
-
-
-class Words:
-    """A tokenizer for tiny models: one token per character."""
-
-    def __call__(self, text, return_tensors="pt", **_):
-        ids = torch.tensor([[ord(c) % (tiny_models.VOCAB - 2) + 2 for c in text]])
-        return type("Encoded", (), {"input_ids": ids})()
 
 
 @pytest.fixture

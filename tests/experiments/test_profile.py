@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiments.captures import tiny_capture
-from experiments.test_capture import Words
+from experiments.words import Words
 from integrations import tiny_models
 from louver.experiments.charts import profile_png
 from louver.experiments.profile import Config, _keys_needed, recommend, run

@@ -9,6 +9,7 @@ from louver.cli.experiment import experiment
 from louver.cli.generate import generate
 from louver.cli.info import info
 from louver.cli.profile import profile
+from louver.cli.report import report
 
 app = typer.Typer(
     name="louver",
@@ -24,6 +25,7 @@ app.command()(capture)
 app.add_typer(experiment, name="experiment")
 app.command()(profile)
 app.command()(bench)
+app.command()(report)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from louver.cli.lists import split_list
 from louver.experiments.catalog import experiments
 from louver.experiments.charts import can_draw, chart_png, facts
 from louver.experiments.experiment import Experiment
-from louver.experiments.rows import Row, write_bytes, write_rows
+from louver.experiments.rows import write_bytes, write_rows
 
 experiment = typer.Typer(help="Measure bounds, policies and baselines on a real model.", no_args_is_help=True)
 
@@ -42,7 +43,7 @@ def command_of(described: Experiment) -> Any:
             write_rows(json, rows, seed=getattr(config, "seed", 0), **kept)
         print_whole(table_of(described, rows))
         console.print(f"\n{described.finding(rows)}", soft_wrap=True)
-        _draw(described, rows, plot)
+        _draw(described, {"rows": rows, **more}, plot)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [
@@ -98,13 +99,13 @@ def _read(name: str, value: Any, hint: Any) -> Any:
     return split_list("--" + name.replace("_", "-"), value, typing.get_args(hint)[0])
 
 
-def _draw(described: Experiment, rows: list[Row] | Any, plot: Path) -> None:
+def _draw(described: Experiment, document: Mapping[str, Any], plot: Path) -> None:
     if not can_draw():
         console.print("No picture: matplotlib is not installed.", style="dim")
         return
     for number, chart in enumerate(described.charts):
         path = plot if not number else plot.with_stem(f"{plot.stem}-{number + 1}")
-        write_bytes(path, chart_png(chart, rows))
+        write_bytes(path, chart_png(chart, document.get(chart.of, [])))
         console.print(f"Wrote {path}", style="dim")
 
 

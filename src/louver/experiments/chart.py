@@ -46,18 +46,21 @@ class Chart:
     kind: Literal["points", "lines"] = "points"
     where: Callable[[Row], bool] = lambda row: True
     mark_x: float | None = None  # a reference line at this x
+    of: str = "rows"  # the entry of the file whose rows are drawn
 
     def points(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """What is to be drawn: x, y, series, label, and whether the row has a guarantee (hollow marks have none)."""
+        """What is to be drawn: x, y, series, label, and whether the row has a guarantee (hollow marks have none), and the row's place."""
         found = []
-        for row in filter(self.where, rows):
+        for place, row in enumerate(rows):
+            if not self.where(row):
+                continue
             x, y = pick(self.x, row), pick(self.y, row)
             if x is None or y is None or (self.x_axis.log and x <= 0) or (self.y_axis.log and y <= 0):
                 continue
             series = "" if self.series is None else pick(self.series, row)
             label = "" if self.label is None else pick(self.label, row)
             proven = row.get("guarantee", "exact") != "none"
-            found.append({"x": x, "y": y, "series": str(series), "label": str(label), "proven": proven})
+            found.append({"x": x, "y": y, "series": str(series), "label": str(label), "proven": proven, "row": place})
         return found
 
     def dots(self, points: Sequence[dict[str, Any]]) -> bool:

@@ -2,8 +2,8 @@
 
 On a capture. Every method holds the keys up to the end of the fitting queries and answers the measured queries, all of which come
 later and so may see them all. Louver answers through its policy ``topk:k``, which is not told the threshold. Nearest-neighbour
-indexes return k keys at three settings: their usual one; an index as large as Louver's; and a search that takes at least as
-long as Louver's. Selections get a budget of k tokens, and multiples of it. H2O and SnapKV judge tokens by the history: here they see
+indexes return k keys at three settings: their usual one; an index as large as Louver's; and the narrowest search that takes at
+least as long as Louver's step. Selections get a budget of k tokens, and multiples of it. H2O and SnapKV judge tokens by the history: here they see
 the capture's last fitting queries only, which is all that SnapKV asks for and less than H2O does.
 """
 
@@ -34,7 +34,12 @@ from louver.protocols import AttendResult
 SELECTIONS = {"quest": Quest, "streaming": StreamingLLM, "h2o": H2O, "snapkv": SnapKV}
 METHODS = ("louver", *anns.KINDS, *TREES, *SELECTIONS, "twilight")
 WINDOW_FORM = {"h2o": "h2o (last-window form)", "snapkv": "snapkv (last-window form)"}
-HARDEST = 64  # times its first setting: where a search is no longer widened to take as long as Louver's
+NARROW = {
+    "ef_search": 16,
+    "num_probes": 2,
+    "rescored": 1,
+}  # from here a search is widened until it takes as long as Louver's,
+WIDEST = 512  # or looks at so many times more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,29 +191,27 @@ def _answers(contender: Contender, question: Question, k: int, louver_us: float)
     us = louver_us if isinstance(attention, LouverAttention) else _search_us(attention, question, k)
     yield _row(contender, question, k, us)
     if isinstance(attention, Ann) and contender.setting == "usual":
-        wider = 2
-        while us < louver_us and wider <= HARDEST:
+        wider = 1
+        while True:
             attention.options = widened(contender.options, wider)
             us, wider = _search_us(attention, question, k), 2 * wider
+            if us >= louver_us or wider > WIDEST:
+                break
         yield _row(replace(contender, setting="same time"), question, k, us)
 
 
 def widened(options: AnnOptions | None, times: int) -> AnnOptions:
-    """A search that looks at so many times more."""
+    """The same index, searched so many times wider than NARROW."""
     assert options is not None
-    return replace(
-        options,
-        ef_search=options.ef_search * times,
-        num_probes=options.num_probes * times,
-        rescored=options.rescored * times,
-    )
+    return replace(options, **{name: times * value for name, value in NARROW.items()})
 
 
 def _search_us(attention: LouverAttention | Selecting, question: Question, k: int) -> float:
-    """Median time to find the keys of one query token, all heads, attention over them not included."""
+    """Median time to find the keys of one query token, all heads; for Louver the whole step, attention over them included."""
     times = []
     valid = torch.ones(1, question.keys.shape[2], dtype=torch.bool)
-    tau = question.scores.topk(k, -1).values[..., -1].float()
+    if isinstance(attention, LouverAttention):
+        attention.policy, attention.record = parse(f"topk:{k}"), False
     for place, q in enumerate(question.queries):
         if place == 0 and isinstance(attention, Selecting):  # builds what is not built yet
             attention.select(q[None], valid, question.softmax_scale)
@@ -216,8 +219,9 @@ def _search_us(attention: LouverAttention | Selecting, question: Question, k: in
         if isinstance(attention, Selecting):
             attention.select(q[None], valid, question.softmax_scale)
         else:
-            attention.index.search(q[None], tau[place][None])
+            attention.attend(q[None], question.softmax_scale)
         times.append(time.perf_counter() - started)
+    attention.record = True
     return 1e6 * float(torch.tensor(times).median())
 
 
