@@ -7,7 +7,7 @@ from experiments.captures import tiny_capture
 from experiments.words import Words
 from integrations import tiny_models
 from louver.experiments.charts import profile_png
-from louver.experiments.profile import Config, _keys_needed, recommend, run
+from louver.experiments.profile import Config, _keys_needed, cheapest, recommend, run
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +29,26 @@ def test_every_layer_and_head_is_there(profile):
         heads = [h for h in profile.rows_per_head if h["layer"] == row["layer"]]
         assert row["output_error"] == pytest.approx(sum(h["output_error"] for h in heads) / 4)
         assert row["keys_for_90_fraction"] <= row["keys_for_99_fraction"]
+
+
+def test_prediction_stands_beside_a_decode(profile):
+    shown = next(row for row in profile.rows if row["policy"] == "exact:0.01")
+    for row in [shown, *profile.rows_per_layer]:
+        assert row["prediction_error"] == pytest.approx(row["bytes_fraction"] / row["bytes_fraction_measured"] - 1)
+        assert abs(row["prediction_error"]) < 0.1
+    assert all("bytes_fraction_measured" not in row for row in profile.rows if row is not shown)
+
+
+def test_heads_and_layers_have_settings_of_their_own(profile):
+    for row in [*profile.rows_per_layer, *profile.rows_per_head]:
+        assert row["recommended_policy"] in ("exact:0.002", "exact:0.01", "exact:0.03")
+        assert row["speedup_attention_predicted"] == pytest.approx(1 / row["bytes_fraction"])
+    assert {row["kv_head"] for row in profile.rows_per_head} == {0, 1}
+    for row in profile.rows_per_layer:
+        heads = [h for h in profile.rows_per_head if h["layer"] == row["layer"]]
+        assert row["bytes_fraction"] == pytest.approx(sum(h["bytes_fraction"] for h in heads) / 4)
+    choices = {"a": (0.02, 0.1), "b": (0.008, 0.2), "c": (0.001, 0.3)}
+    assert [cheapest(choices, wanted) for wanted in (0.1, 0.01, 0.005, 1e-4)] == ["a", "b", "c", "c"]
 
 
 def test_keys_needed_by_hand():

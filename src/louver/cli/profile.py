@@ -45,9 +45,11 @@ def profile(
 
 
 def report(found: Profile, shown: str) -> Group:
-    """A line per layer, a line per policy, and what to do."""
+    """A line per layer, a line per policy, and what to do. Heads are in the picture and the JSON file."""
+    measured = "bytes_fraction_measured" in found.rows_per_layer[0]
     layers = Table(title=f"{facts(found.rows[0])}: layers under {shown}", title_justify="left", box=None)
-    for name in ("layer", "keys for 90%", "keys for 99%", "bytes / dense", "mean error", "worst head"):
+    figures = ("keys for 90%", "keys for 99%", "bytes / dense", *(["measured"] if measured else []))
+    for name in ("layer", *figures, "speed-up", "mean error", "worst head", "use"):
         layers.add_column(name, justify="right")
     for row in found.rows_per_layer:
         worst = max(h["output_error"] for h in found.rows_per_head if h["layer"] == row["layer"])
@@ -56,8 +58,11 @@ def report(found: Profile, shown: str) -> Group:
             f"{row['keys_for_90_fraction']:.1%}",
             f"{row['keys_for_99_fraction']:.1%}",
             f"{row['bytes_fraction']:.3f}",
+            *([f"{row['bytes_fraction_measured']:.3f}"] if measured else []),
+            f"{row['speedup_attention_predicted']:.1f}x",
             f"{row['output_error']:.2%}",
             f"{worst:.2%}",
+            row["recommended_policy"],
         )
     policies = Table(title="\nPredicted from bytes", title_justify="left", box=None)
     policies.add_column("policy")
@@ -73,4 +78,13 @@ def report(found: Profile, shown: str) -> Group:
             f"{row['index_memory_fraction']:.0%} of the cache",
         )
     advice = found.recommendation
-    return Group(layers, policies, Text.assemble("\nUse ", (advice["policy"], "bold"), f": {advice['why']}."))
+    seen = next(row for row in found.rows if row["policy"] == shown)
+    check = ""
+    if measured:
+        check = (
+            f"\nDecoding the text's end through a LouverCache read {seen['bytes_fraction_measured']:.3f} of dense bytes: the "
+            f"prediction of {seen['bytes_fraction']:.3f} is off by {seen['prediction_error']:+.1%}."
+        )
+    return Group(
+        layers, policies, Text(check), Text.assemble("\nUse ", (advice["policy"], "bold"), f": {advice['why']}.")
+    )

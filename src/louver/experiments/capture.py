@@ -150,7 +150,7 @@ def run(
 
     model, tokenizer = loaded or (demo_model(say) if config.model is None else load_model(config.model))
     check_model(model)
-    ids = _tokens(tokenizer, config)
+    ids = text_tokens(tokenizer, config)
     chosen = _choose(config, full_attention_layers(model))
     with _recording(model, chosen, config.num_queries, on_progress) as recorder, torch.no_grad():
         # The decoder without its head: nobody needs the logits of a long text.
@@ -180,7 +180,12 @@ def _name(config: Config, model: Any) -> str:
     return HUB_ID if name == FOLDER_NAME else name
 
 
-def _tokens(tokenizer: Any, config: Config) -> Int[Tensor, "1 kv_len"]:
+def text_tokens(tokenizer: Any, config: Config) -> Int[Tensor, "1 kv_len"]:
+    """The tokens that are captured.
+
+    Raises:
+        InputFileError: the text is not there, or too short.
+    """
     if config.prompt_file is None:
         text = python_topics(tokenizer, config.max_tokens).text
     else:

@@ -75,6 +75,10 @@ def profile_png(row: Row, per_layer: Sequence[Row], per_head: Sequence[Row]) -> 
         top.set_ylabel("share of the keys")
         middle.bar(layers, [one["bytes_fraction"] for one in per_layer], color=_BLUES[1])
         middle.axhline(row["bytes_fraction"], color=INK, lw=0.8)
+        if "bytes_fraction_measured" in row:
+            measured = [one["bytes_fraction_measured"] for one in per_layer]
+            middle.plot(layers, measured, "o", color=ACCENT, ms=4, label="measured in a decode")
+            middle.legend(frameon=False, fontsize=8)
         middle.set_ylabel("bytes / dense")
         bottom.plot([h["layer"] for h in per_head], [h["output_error"] for h in per_head], ".", color=_BLUES[1], mew=0)
         bottom.plot(layers, [one["output_error"] for one in per_layer], color=_BLUES[3])
@@ -82,7 +86,7 @@ def profile_png(row: Row, per_layer: Sequence[Row], per_head: Sequence[Row]) -> 
         bottom.set_ylabel("output error")
         bottom.set_xlabel("layer")
         _finish(top, f"Keys that hold the attention   ({facts(row)})")
-        _finish(middle, f"Bytes that {row['policy']} reads")
+        _finish(middle, f"Bytes that {row['policy']} reads: predicted, the line their mean")
         _finish(bottom, f"Relative output error of {row['policy']}")
         figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -5,7 +5,7 @@ Beside them: attention over the true top only (an oracle), and caches in fewer b
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -154,19 +154,27 @@ class Figures:
     violations: int
     bytes_fraction: list[float]
     exact_fraction: list[float]
+    head_bytes_fraction: list[Tensor] = field(default_factory=list)  # [num_kv_heads] per query, of Louver's policies
 
     @classmethod
     def of(cls, out: Tensor, truth: Tensor, bytes_fraction: float, result: AttendResult | None = None) -> "Figures":
         norm = truth.norm(dim=-1)
         off = (out - truth).norm(dim=-1)
+        head_bytes = []
         if result is None:
             bound, violations, exact = torch.full_like(off, torch.nan), 0, []
         else:
             allowed = (result.certificate + result.arithmetic_bound)[0].double()
             bound, violations = allowed / norm, int((off > allowed).sum())
             exact = [result.stats.fraction("exact")]
+            head_bytes = [(result.stats.bytes_read / result.stats.bytes_dense)[0]]
         return cls(
-            error=off / norm, bound=bound, violations=violations, bytes_fraction=[bytes_fraction], exact_fraction=exact
+            error=off / norm,
+            bound=bound,
+            violations=violations,
+            bytes_fraction=[bytes_fraction],
+            exact_fraction=exact,
+            head_bytes_fraction=head_bytes,
         )
 
     @classmethod
@@ -177,6 +185,7 @@ class Figures:
             violations=sum(p.violations for p in parts),
             bytes_fraction=[x for p in parts for x in p.bytes_fraction],
             exact_fraction=[x for p in parts for x in p.exact_fraction],
+            head_bytes_fraction=[x for p in parts for x in p.head_bytes_fraction],
         )
 
     def row(self) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The profile: would Louver help this model at this length? One forward pass over a text, every layer and head looked at.
 
-Measured on queries of the text itself: how many keys hold 90 and 99% of a head's attention, what each candidate policy reads
-and how far off its output is. Predicted from bytes: the speed of attention, and of a whole decode step whose time goes into
-reading 16-bit weights and cache. Both are what a machine limited by memory would show, not a measurement of time.
+Predicted from queries of the text itself: how many keys hold 90 and 99% of a head's attention, what each candidate policy reads
+and how far off its output is. The bytes are then measured: the end of the text is decoded through a LouverCache, whose own
+counts stand beside the prediction. Speed-ups are predicted from bytes, of attention and of a whole decode step whose time goes
+into reading 16-bit weights and cache: what a machine limited by memory would show, not a measurement of time.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from louver.experiments import capture as captures
 from louver.experiments.capture import Capture, Layer
+from louver.experiments.decoded_bytes import decoded_bytes
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.precision import Figures, measure_layer, sketch_of
 from louver.experiments.pruning import ask
@@ -36,6 +38,7 @@ class Config:
     shown: str = "exact:0.01"  # the policy whose figures stand in the rows per layer and head
     wanted_error: float = 0.01  # mean relative output error that is good enough for the recommendation
     num_queries: int = 256
+    num_steps: int = 16  # the text's last tokens, decoded by the policy shown to measure what was predicted; 0: do not
     backend: str = "auto"  # speed only
 
 
@@ -76,14 +79,16 @@ def run(
     seen = captures.run(wanted, on_progress, (model, tokenizer), say)
     shown = parse(config.shown).spec
     found: dict[str, list[Figures]] = {one.spec: [] for one in chosen}
-    per_layer, per_head = [], []
+    per_layer: list[dict[str, Any]] = []
+    per_head: list[dict[str, Any]] = []
     for done, (i, layer) in enumerate(seen.layers.items()):
-        for one, figures in measure_layer(seen, layer, list(chosen), backend):
-            found[one.spec].append(figures)
+        here = dict((one.spec, figures) for one, figures in measure_layer(seen, layer, list(chosen), backend))
+        for spec, figures in here.items():
+            found[spec].append(figures)
         needed = _keys_needed(seen, layer)
         memory = sketch_of(seen, layer, backend).memory_bytes() / (2 * layer.keys.numel() * 2)
-        per_layer.append(_layer_row(i, found[shown][-1], needed, memory))
-        per_head += _head_rows(i, found[shown][-1], needed)
+        per_layer.append(_layer_row(i, shown, here, needed, memory, config.wanted_error))
+        per_head += _head_rows(i, shown, here, needed, config.wanted_error)
         on_progress("Looking at every layer", done + 1, len(seen.layers))
     weights = sum(p.numel() for p in model.parameters()) * 2
     cache = sum(2 * layer.keys.numel() * 2 for layer in seen.layers.values())
@@ -104,15 +109,22 @@ def run(
             "index_memory_fraction": memory,
         }
         rows.append(row)
+    if config.num_steps:
+        ids = captures.text_tokens(tokenizer, wanted)
+        total, layers = decoded_bytes(model, ids, shown, config.num_steps, backend, on_progress)
+        measured = {one.layer_idx: one.bytes_fraction for one in layers}
+        _compare(next(row for row in rows if row["policy"] == shown), total.bytes_fraction)
+        for row in per_layer:
+            _compare(row, measured[row["layer"]])
     return Profile(rows=rows, rows_per_layer=per_layer, rows_per_head=per_head, recommendation=recommend(rows, config))
 
 
 def recommend(rows: list[dict[str, Any]], config: Config) -> dict[str, Any]:
     """The policy to use, and why: the fewest bytes among those accurate enough, if that is worth having at all."""
-    good = [row for row in rows if row["output_error"] <= config.wanted_error]
-    best = min(good, key=lambda row: row["bytes_fraction"], default=None)
-    if best is None:
-        best = min(rows, key=lambda row: row["output_error"])
+    choices = {row["policy"]: (row["output_error"], row["bytes_fraction"]) for row in rows}
+    chosen = cheapest(choices, config.wanted_error)
+    best = next(row for row in rows if row["policy"] == chosen)
+    if best["output_error"] > config.wanted_error:
         why = f"no policy tried has a mean output error of {config.wanted_error:.1%}; this one comes closest"
     elif best["speedup_step_predicted"] < WORTHWHILE_SPEEDUP:
         why = (
@@ -134,16 +146,49 @@ def _keys_needed(seen: Capture, layer: Layer) -> Tensor:
     return torch.stack(needed, -1).mean(1)
 
 
-def _layer_row(i: int, figures: Figures, needed: Tensor, memory: float) -> dict[str, Any]:
-    return {"layer": i} | figures.row() | _needed_fields(needed.mean(0)) | {"index_memory_fraction": memory}
+def _compare(row: dict[str, Any], measured: float) -> None:
+    """Put what a decode read beside what was predicted of it."""
+    row |= {"bytes_fraction_measured": measured, "prediction_error": row["bytes_fraction"] / measured - 1}
 
 
-def _head_rows(i: int, figures: Figures, needed: Tensor) -> list[dict[str, Any]]:
-    errors = figures.error.view(-1, needed.shape[0]).mean(0)
-    return [
-        {"layer": i, "head": head, "output_error": float(errors[head])} | _needed_fields(needed[head])
-        for head in range(needed.shape[0])
-    ]
+def _layer_row(
+    i: int, shown: str, figures: dict[str, Figures], needed: Tensor, memory: float, wanted_error: float
+) -> dict[str, Any]:
+    row = {"layer": i} | figures[shown].row() | _needed_fields(needed.mean(0))
+    choices = {spec: (float(one.error.mean()), _mean(one.bytes_fraction)) for spec, one in figures.items()}
+    row |= {"speedup_attention_predicted": 1 / row["bytes_fraction"], "index_memory_fraction": memory}
+    return row | {"recommended_policy": cheapest(choices, wanted_error)}
+
+
+def _head_rows(
+    i: int, shown: str, figures: dict[str, Figures], needed: Tensor, wanted_error: float
+) -> list[dict[str, Any]]:
+    """Errors are a query head's own; bytes are those of its KV head, which serves the whole group."""
+    num_q_heads = needed.shape[0]
+    errors = {spec: one.error.view(-1, num_q_heads).mean(0) for spec, one in figures.items()}
+    read = {spec: torch.stack(one.head_bytes_fraction).double().mean(0) for spec, one in figures.items()}
+    group_size = num_q_heads // len(read[shown])
+    rows = []
+    for head in range(num_q_heads):
+        kv_head = head // group_size
+        choices = {spec: (float(errors[spec][head]), float(read[spec][kv_head])) for spec in figures}
+        row = {"layer": i, "head": head, "kv_head": kv_head, "output_error": choices[shown][0]}
+        row |= {"bytes_fraction": choices[shown][1], "speedup_attention_predicted": 1 / choices[shown][1]}
+        row |= _needed_fields(needed[head])
+        rows.append(row | {"recommended_policy": cheapest(choices, wanted_error)})
+    return rows
+
+
+def cheapest(choices: dict[str, tuple[float, float]], wanted_error: float) -> str:
+    """Of specs with their (error, bytes), the one with the fewest bytes that is good enough, else the most accurate."""
+    good = [spec for spec, (error, _) in choices.items() if error <= wanted_error]
+    if good:
+        return min(good, key=lambda spec: choices[spec][1])
+    return min(choices, key=lambda spec: choices[spec][0])
+
+
+def _mean(x: list[float]) -> float:
+    return sum(x) / len(x)
 
 
 def _needed_fields(needed: Tensor) -> dict[str, float]:
