@@ -17,10 +17,13 @@ ENV := $(READY) $(NATIVE)
 # Threads that spin while they wait ruin each other where processes share cores (one attention step: 173 ms, with this 12).
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: help venv native demo test test-native-asan lint format quickstart clean
+ARGS ?=
+
+.PHONY: help venv native demo experiments test test-native-asan lint format quickstart clean
 
 help:
 	@echo "make demo    decode with and without Louver on a small model, write louver-demo/"
+	@echo "make experiments    every experiment on two layers of it, with a report; ARGS=--full for all of it"
 	@echo "make test    the tests (no GPU needed)"
 	@echo "make test-native-asan    the compiled kernels' tests on a build instrumented for memory errors and undefined behaviour"
 	@echo "make lint    ruff, import layers, types"
@@ -51,6 +54,10 @@ $(NATIVE): $(READY) $(SOURCES)
 demo: $(ENV)
 	$(BIN)/louver demo
 
+# Two layers of the demo's model, within half an hour on two cores; ARGS=--full for eight layers and every setting.
+experiments: $(ENV)
+	$(BIN)/louver experiment all --out louver-experiments $(ARGS)
+
 test: $(ENV)
 	$(BIN)/python -m pytest -m "not gpu and not vllm"
 
@@ -74,4 +81,4 @@ quickstart: $(ENV)
 	$(BIN)/python examples/quickstart.py
 
 clean:
-	rm -rf $(VENV) louver-demo build dist .pytest_cache .ruff_cache .hypothesis src/louver/kernels/cpu/*.so
+	rm -rf $(VENV) louver-demo louver-experiments build dist .pytest_cache .ruff_cache .hypothesis src/louver/kernels/cpu/*.so

@@ -16,7 +16,14 @@ from louver.experiments.coverage import Config, all_weights, keys_needed, run
 def outcome(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompt") / "prompt.txt"
     path.write_text("the quick brown fox jumps over the lazy dog " * 5)
-    config = Config(prompt_file=path, tokens=200, max_new_tokens=6, policy="exact:1", recorded_layers=1)
+    config = Config(
+        prompt_file=path,
+        tokens=180,
+        question="what is this about?",
+        max_new_tokens=6,
+        policy="exact:1",
+        recorded_layers=1,
+    )
     return run(config, loaded=(tiny_models.llama(), Words()))
 
 
@@ -32,7 +39,7 @@ def test_rows_and_steps_agree(outcome):
     rows, more = outcome
     steps, recording = more["rows_per_step"], more["recording"]
     assert [row["share"] for row in rows] == [0.5, 0.9, 0.99] and len(steps) == len(recording["steps"]) == 6
-    assert [row["kv_len"] for row in steps] == [200 + i for i in range(6)]
+    assert [row["kv_len"] for row in steps] == [202 + i for i in range(6)]
     for row, name in zip(rows, ("keys_for_50", "keys_for_90", "keys_for_99"), strict=True):
         assert row["keys"] == pytest.approx(sum(step[name] for step in steps) / 6)
         assert row["widest_keys"] == max(step[name] for step in steps) == steps[row["widest_step"]][name]
@@ -43,7 +50,7 @@ def test_rows_and_steps_agree(outcome):
 def test_the_recording_holds_the_strongest_tokens(outcome):
     _, more = outcome
     recording = more["recording"]
-    assert len(recording["texts"]) == 200 + 6 - 1 and recording["first_step"] == 199
+    assert len(recording["texts"]) == 202 + 6 - 1 and recording["first_step"] == 201
     for step, layers in enumerate(recording["steps"]):
         (frame,) = layers.values()
         assert max(frame["tokens"]) <= recording["first_step"] + step

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from louver.cli.console import Stages, console, reports_errors
+from louver.cli.experiment_all import run_all
 from louver.cli.lists import split_list
 from louver.experiments.catalog import experiments
 from louver.experiments.charts import can_draw, chart_png, facts
@@ -111,3 +112,4 @@ def _draw(described: Experiment, document: Mapping[str, Any], plot: Path) -> Non
 
 for _described in experiments().values():
     experiment.command(_described.name)(command_of(_described))
+experiment.command("all")(run_all)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from louver.errors import InputFileError
-from louver.experiments.decoding import decode, prefill
+from louver.experiments.decoding import decode, prefill, stop_tokens
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.document import build_prompt, python_topics, read_document
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
@@ -22,6 +22,7 @@ from louver.policies import parse
 from louver.protocols import AttendResult
 from louver.shapes import group_heads
 
+QUESTION = "Explain in detail, step by step and with examples, what this document says."
 SHOWN_TOKENS = 40  # of the recording, per layer and step
 CONTEXT_TOKENS = 12  # of text on both sides of the widest and the narrowest step
 
@@ -32,8 +33,9 @@ class Config:
 
     model: str | None = option(None, help="A folder or hub name. Default: a 135M model, offline.")
     prompt_file: Path | None = option(None, help="A text file to go on from. Default: Python's own help topics.")
+    question: str = option(QUESTION, help="Asked about the text, through the model's chat template if it has one.")
     tokens: int = option(4096, help="Cut the text to this many tokens.")
-    max_new_tokens: int = option(256, help="Decode this many tokens.")
+    max_new_tokens: int = option(256, help="Decode at most this many tokens.")
     shares: tuple[float, ...] = option((0.5, 0.9, 0.99), help="Of the attention's mass.")
     policy: str = option("exact:0.01", help="What a decode step keeps.")
     recorded_layers: int = option(6, help="Layers of the recording, evenly spread.")
@@ -110,7 +112,7 @@ def run(
         if config.prompt_file is None
         else read_document(config.prompt_file, tokenizer, config.tokens)
     )
-    prompt = build_prompt(tokenizer, document, None, chat=False)
+    prompt = build_prompt(tokenizer, document, config.question, chat=bool(tokenizer.chat_template))
     cache = attach(model, policy=config.policy, backend=config.backend)
     served = [layer.layer_idx for layer in cache.served_layers]
     spread = torch.linspace(0, len(served) - 1, min(config.recorded_layers, len(served))).round().long().tolist()
@@ -119,7 +121,8 @@ def run(
         prefill(model, cache, prompt.ids[:, :-1], _counted(on_progress, "Reading the text", prompt.num_tokens - 1))
         cache.observer = watcher
         count = _counted(on_progress, "Decoding", config.max_new_tokens)
-        decoded = decode(model, cache, int(prompt.ids[0, -1]), config.max_new_tokens, on_token=lambda token: count(1))
+        first, stop = int(prompt.ids[0, -1]), stop_tokens(model, tokenizer)
+        decoded = decode(model, cache, first, config.max_new_tokens, stop=stop, on_token=lambda token: count(1))
     finally:
         model.set_attn_implementation("sdpa")
     # The last token was decoded and never fed.

@@ -63,8 +63,15 @@ function draw(holder, chart) {
   const series = [...new Set(chart.points.map((p) => p.series))];
   const lines = chart.dots ? [...new Set(chart.points.map((p) => p.y))] : [];
   const left = chart.dots ? Math.min(330, 24 + 6.6 * Math.max(...lines.map((l) => l.length))) : 74;
-  const legend = series.length > 1 ? 24 : 0;
-  const width = 980, top = 34 + legend, bottom = 48;
+  const width = 980, keys = [];
+  let across = left, row = 0;
+  for (const name of series.length > 1 ? series : []) {
+    const wide = 34 + 6.8 * name.length;
+    if (across > left && across + wide > width) across = left, row++;
+    keys.push([across, 34 + 20 * row]);
+    across += wide;
+  }
+  const top = 34 + (keys.length ? 20 * row + 24 : 0), bottom = 48;
   const height = top + bottom + (chart.dots ? 24 * lines.length + 10 : 340);
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": chart.title });
   make("text", { x: 0, y: 16, class: "title" }, chart.title, svg);
@@ -94,21 +101,23 @@ function draw(holder, chart) {
     }
     const small = chart.kind === "lines" && mine.length > 60;
     for (const p of mine) {
-      const dot = make("circle", { class: "point", cx: x.at(p.x), cy: y.at(p.y), r: small ? 2.2 : 4.6, stroke: color, tabindex: small ? -1 : 0,
-        "stroke-width": 1.8, fill: p.proven ? color : "var(--panel)" }, "", svg);
+      const dot = make("path", { class: "point", d: shape(number, x.at(p.x), y.at(p.y), small ? 2.2 : 4.6), stroke: color,
+        tabindex: small ? -1 : 0, "stroke-width": 1.8, fill: p.proven ? color : "var(--panel)" }, "", svg);
       explain(dot, () => chart.notes.columns.map((c, i) => `${c}: ${chart.notes.cells[p.row][i]}`).join("\n"));
       if (p.label) place(p, x.at(p.x), y.at(p.y), taken, svg, width);
     }
   });
-  if (legend) {
-    let at = left;
-    series.forEach((name, number) => {
-      make("circle", { cx: at + 5, cy: 34, r: 4.6, fill: `var(--s${number % 8})` }, "", svg);
-      make("text", { x: at + 15, y: 38 }, name, svg);
-      at += 34 + 6.8 * name.length;
-    });
-  }
+  keys.forEach(([at, high], number) => {
+    make("path", { d: shape(number, at + 5, high, 4.6), fill: `var(--s${number % 8})` }, "", svg);
+    make("text", { x: at + 15, y: high + 4 }, series[number], svg);
+  });
   holder.replaceChildren(svg);
+}
+function shape(number, x, y, r) {
+  // Colours repeat after eight series; then marks are squares, and then diamonds.
+  if (number < 8) return `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`;
+  const s = number < 16 ? 0.9 * r : 1.25 * r;
+  return number < 16 ? `M${x - s} ${y - s}h${2 * s}v${2 * s}h${-2 * s}z` : `M${x} ${y - s}l${s} ${s}l${-s} ${s}l${-s} ${-s}z`;
 }
 function place(p, x, y, taken, svg, width) {
   // A label goes where no other stands: right of its point, left, above, below; else nowhere (hovering still tells).
@@ -179,7 +188,7 @@ function player(recording) {
       button.setAttribute("aria-checked", layers[i] === layer);
       button.querySelector(".exact").style.width = 100 * frame.exact + "%";
       button.querySelector(".sketched").style.width = 100 * frame.sketched + "%";
-      button.querySelector("small").textContent = `reads ${written(frame.bytes, { share: true })} of dense`;
+      button.querySelector("small").textContent = `${written(frame.unread, { share: true })} unread · ${written(frame.bytes, { share: true })} bytes`;
     });
     const before = recording.texts.slice(recording.first_step + 1, now + 1), output = document.getElementById("written");
     output.textContent = before.slice(-60, -1).join("");
