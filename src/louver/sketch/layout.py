@@ -118,7 +118,7 @@ class Sketch:
     def trimmed(self) -> dict[str, Tensor]:
         """Every tensor that is present, by name, without the room to grow."""
         held = int(self.num_blocks.max()) if self.num_blocks.numel() else 0
-        return {name: x[:, :, :held] if name in _PER_BLOCK else x for name, x in self.tensors()}
+        return {name: x[:, :, :held] if name in PER_BLOCK else x for name, x in self.tensors()}
 
     def reserve(self, num_blocks: int) -> None:
         """Make room for num_blocks blocks, growing by at least a quarter so that appending stays cheap."""
