@@ -18,6 +18,8 @@ from louver.kv.device import DeviceStore, Place
 from louver.kv.pinned import pinned_tensor
 from louver.shapes import Keys, Values
 
+DECODED_TOKENS = 16  # new tokens at once that count as decoding; more are a prompt, or a part of one
+
 
 class HostStore(DeviceStore):
     """A KVStore in page-locked host memory. Its ``keys`` and ``values`` are tensors on the model's device all the same.
@@ -81,7 +83,7 @@ class HostStore(DeviceStore):
         super().clear()
 
     def _write(self, keys: Tensor, values: Tensor | None, end: int) -> None:
-        if not keys.is_cuda or keys.shape[2] <= 1:
+        if not keys.is_cuda or keys.shape[2] <= DECODED_TOKENS:
             self._await_copy()
             super()._write(keys, values, end)
             return

@@ -78,6 +78,13 @@ def launch(
     _check(_driver().cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, 0, stream, pointers, None), "launch")
 
 
+def in_host_memory(x: Tensor) -> bool:
+    """Whether a CUDA tensor's memory is the host's, so that every byte read crosses the bus."""
+    kind = ctypes.c_uint(0)
+    _check(_driver().cuPointerGetAttribute(ctypes.byref(kind), 2, ctypes.c_void_p(x.data_ptr())), "ask about")
+    return kind.value == 1  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE: CU_MEMORYTYPE_HOST
+
+
 def _check(status: int, what: str) -> None:
     if status:
-        raise BackendError(f"CUDA could not {what} a kernel: error {status}")
+        raise BackendError(f"CUDA could not {what} a kernel or its memory: error {status}")

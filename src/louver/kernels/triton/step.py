@@ -26,7 +26,7 @@ from louver.geometry.rounded_query import TENSOR_UNIT, rounded_query_slack
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma, radius_inflation
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
-from louver.kernels.triton import native
+from louver.kernels.triton import native, runtime
 from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
@@ -172,6 +172,7 @@ def step(
     record_here = record and block_table is None
     width = batch * keys.shape[1] * head_dim
     short = longest * min(width, CROSSOVER_WIDTH) <= crossover["drop" if rule.drop else "keep"] * CROSSOVER_WIDTH
+    short = short and not (keys.is_cuda and runtime.in_host_memory(keys))  # the bus makes dense slow at any length
     if short and not record_here and keys.dtype == values.dtype:
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
         return _output(out, evidence, counts, None)
