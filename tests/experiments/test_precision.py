@@ -22,7 +22,7 @@ def rows(tmp_path_factory):
 
 
 def test_guarantees_and_violations(rows):
-    assert [rows[p]["guarantee"] for p in ALL[:4]] == ["certified", "certified", "exact", "certified"]
+    assert [rows[p]["guarantee"] for p in ALL[:4]] == ["certified", "certified", "exact", "exact"]
     assert {rows[p]["guarantee"] for p in ALL[4:]} == {"none"}
     assert all(rows[p]["num_bound_violations"] == 0 for p in ALL[:4])
     assert all(rows[p]["output_error_bound"] is None for p in ALL[4:])

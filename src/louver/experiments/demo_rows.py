@@ -58,7 +58,7 @@ def louver_row(
         "index_bytes": memory["index"],
         "index_memory_fraction": memory["index"] / memory["keys_values"],
         "index_memory_fraction_16bit": memory["index"] * kv_itemsize / (2 * memory["keys_values"]),
-        "guarantee": "exact" if policy.drops or policy.spec == "dense" else "certified",
+        "guarantee": policy.guarantee,
     }
 
 

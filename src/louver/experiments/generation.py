@@ -90,7 +90,7 @@ def run(
         "dropped_mass_bound": summary.dropped_mass_bound_mean,
         "keys_values_bytes": memory["keys_values"],
         "index_bytes": memory["index"],
-        "guarantee": "exact" if policy.drops or policy.spec == "dense" else "certified",
+        "guarantee": policy.guarantee,
     }
     return [row]
 
