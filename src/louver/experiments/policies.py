@@ -71,7 +71,25 @@ def run(config: Config, on_progress: Progress = no_progress) -> Outcome:
         fields = head | {"policy": one.spec, "guarantee": guarantee(one)}
         rows.append(fields | Tally.joined(list(tallies[one.spec].values())).row())
         layer_rows += [fields | {"layer": i} | tally.row() for i, tally in tallies[one.spec].items()]
-    return rows, {"rows_per_layer": layer_rows}
+    positions = capture.query_positions[capture.measured(config.stride)].tolist()
+    return rows, {"rows_per_layer": layer_rows, "rows_per_step": _step_rows(rows, tallies, positions)}
+
+
+def _step_rows(
+    rows: list[dict[str, Any]], tallies: dict[str, dict[int, "Tally"]], positions: list[int]
+) -> list[dict[str, Any]]:
+    """A row per position and policy: the share selected, and what 95% of the mass would have needed, over layers and heads."""
+    found = []
+    for row in rows:
+        parts = list(tallies[row["policy"]].values())
+        if not parts[0].selected:
+            continue
+        for place, position in enumerate(positions):
+            selected, need = (torch.cat([getattr(p, name)[place] for p in parts]) for name in ("selected", "need"))
+            shared = {"policy": row["policy"], "guarantee": row["guarantee"], "position": position}
+            figures = {"selected_fraction": selected.mean().item(), "need_95_fraction": need.mean().item()}
+            found.append(shared | figures)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

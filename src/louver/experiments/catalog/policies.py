@@ -9,6 +9,8 @@ from louver.experiments.rows import Row
 
 _BYTES = Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True)
 
+SHOWN_BY_STEP = ("mass:0.05", "budget:0.1", "error:0.2", "sample-mean-max", "sample-gap", "sample-budget:0.1")
+
 
 def finding(rows: Sequence[Row]) -> str:
     """Violations, and how much the estimators' selections depend on their seed."""
@@ -72,6 +74,27 @@ EXPERIMENT = Experiment(
             label="policy",
             x_axis=Axis(label="share of the keys selected, mean", share=True, log=True),
             y_axis=Axis(label="rank correlation with the keys that hold 95% of the mass"),
+        ),
+        Chart(
+            title="What was selected, step by step",
+            of="rows_per_step",
+            kind="lines",
+            x="position",
+            y="selected_fraction",
+            series="policy",
+            where=lambda row: row["policy"] in SHOWN_BY_STEP,
+            x_axis=Axis(label="position of the query"),
+            y_axis=Axis(label="share of the keys selected, mean over layers and heads", share=True, log=True),
+        ),
+        Chart(
+            title="What 95% of the mass needed, step by step",
+            of="rows_per_step",
+            kind="lines",
+            x="position",
+            y="need_95_fraction",
+            x_axis=Axis(label="position of the query"),
+            y_axis=Axis(label="share of the keys, mean over layers and heads", share=True),
+            where=lambda row: row["policy"] == "exact:0.01",
         ),
     ),
     quick={"stride": 64},

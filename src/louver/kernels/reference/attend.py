@@ -126,7 +126,7 @@ def attend_tiers(
         present=present,
         score=torch.where(exact, scores, widen(bounds.estimate, 0.0)),
         half_width=torch.where(exact, slack, widen(bounds.half_width, 0.0)),
-        values=_mix_values(share(exact), share(coarse), v, sketch, group_size),
+        values=_mix_values(share(exact), None if drop else share(coarse), v, sketch),
         sketch=sketch,
         exact_norm=norm_above(v),
         softmax_scale=softmax_scale,
@@ -180,11 +180,11 @@ def nth_best(floors: Tensor, scored: Tensor, rank: Tensor) -> PerQueryHead:
     return torch.where(rank.long() <= ordered.shape[-1], nth, -torch.inf)
 
 
-def _mix_values(exact: Tensor, coarse: Tensor, v: Tensor, sketch: Sketch, group_size: int) -> Float[Tensor, "b h n d"]:
-    """What each key's weight is multiplied with: its value, its sketched value, or the head's mean value."""
+def _mix_values(exact: Tensor, coarse: Tensor | None, v: Tensor, sketch: Sketch) -> Float[Tensor, "b h n d"]:
+    """What each key's weight is multiplied with: its value, its sketched value (coarse; None: nobody's), or the head's mean value."""
     mixed = sketch.value_mean[:, :, None, : v.shape[3]].expand_as(v)
     frames = sketch.value_frames
-    if frames is not None and v.shape[2]:
+    if frames is not None and coarse is not None and v.shape[2]:
         num_blocks = int(sketch.num_blocks.max())
         span = num_blocks * sketch.config.frame_len
         decoded = decode_frames(
