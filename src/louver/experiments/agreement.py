@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from louver.attention import LouverAttention
 from louver.errors import InputFileError
 from louver.experiments.audit import Audit
 from louver.experiments.baselines import Fp8, Kivi4
@@ -24,8 +25,9 @@ from louver.experiments.demo import with_policy
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.document import Document, build_prompt, python_topics
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
+from louver.kv.device import DeviceStore
 from louver.policies import Mass, OutputError, parse
-from louver.protocols import AttendResult
+from louver.protocols import AttendResult, LayerAttention
 
 POLICIES = (
     "exact:0.002", "exact:0.005", "exact:0.01", "exact:0.03", "error:0.05", "mass:0.001", "error:0.1", "error:0.2", "error:0.5",
@@ -101,7 +103,7 @@ class _Branches:
         decoded = self._decode(branch, self._dense.tokens)
         same = torch.tensor(decoded.tokens) == torch.tensor(self._dense.tokens)
         kl, summary = kl_nats(self._dense.logits, decoded.logits), branch.summary()
-        store = self._cache.served_layers[0].attention.store
+        store = _store(self._cache.served_layers[0].attention)
         return {
             "data": Path(getattr(self._model.config, "name_or_path", "")).name,
             "prompt": self._number,
@@ -201,11 +203,16 @@ def _part(tokenizer: Any, number: int, num_tokens: int) -> Document:
     return Document(text=text)
 
 
+def _store(attention: LayerAttention) -> DeviceStore:
+    assert isinstance(attention, LouverAttention), "the cache was made with a policy"
+    return attention.store
+
+
 def _coded(cache: Any, code: Fp8 | Kivi4) -> Any:
     """A copy of a LouverCache, tokens included, that holds keys and values in a code."""
     branch = copy.deepcopy(cache)
     for layer in branch.served_layers:
         attention = CodedAttention(code)
-        attention.store = layer.attention.store
+        attention.store = _store(layer.attention)
         layer.attention = attention
     return branch

@@ -194,7 +194,7 @@ class Tally:
 
     def row(self) -> dict[str, Any]:
         """The fields of a result row."""
-        row = Figures.joined(self.figures).row() | _spread(self.selected, "selected_fraction")
+        row: dict[str, Any] = Figures.joined(self.figures).row() | _spread(self.selected, "selected_fraction")
         row["selected_cv_over_seeds"] = _mean(self.variation)
         row |= {f"{name}_fraction": _mean([t[name] for t in self.tiers]) for name in ("coarse", "unread", "scanned")}
         row |= {"dropped_mass": _mean(self.dropped), "dropped_mass_bound": _mean(self.dropped_bound)}
