@@ -13,6 +13,7 @@ EVERYTHING = {
     "subspaces": (1, 8),
     "center": ("mean", "key"),
     "grouping": ("kcenter", "kmeans"),
+    "enclosure": ("ball", "box"),
     "slicing": ("contiguous", "rotated"),
     "codec": ("sketch", *CODECS),
     "metric": ("frame", "diagonal", "identity", "full"),
@@ -45,7 +46,7 @@ def test_no_exact_rule_loses_a_key(everything):
 
 def test_ta_leaves_what_sum_leaves(everything):
     def scanned(rule):
-        keep = ("index", "subspaces", "grouping", "center", "slicing", "target")
+        keep = ("index", "subspaces", "grouping", "enclosure", "center", "slicing", "target")
         return {
             tuple(r[k] for k in keep): r["scanned_fraction"]
             for r in everything[0]
@@ -104,6 +105,14 @@ def test_codec_bounds_hold(name):
         upper = [plane.upper(question.q.double()) for plane in (first, second)]
         assert all((u >= truth).all() for u in upper)
         assert (upper[1] - truth).mean() < (upper[0] - truth).mean()
+
+
+def test_cost_and_time(everything):
+    for row in everything[0]:
+        assert row["build_ms"] > 0 and row["query_us"] > 0
+        bounds = row["work_fraction"] - row["scanned_fraction"]
+        corners = 2 if row.get("enclosure") == "box" else 1
+        assert bounds == pytest.approx(corners / row["group_len"] if row["index"] != "sketch" else 1)
 
 
 def test_queries_see_no_later_keys():

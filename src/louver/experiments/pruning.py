@@ -2,9 +2,11 @@
 
 tau is each query's k-th largest true score. scanned_fraction: keys a query's bound did not rule out; scanned_union_fraction:
 the same for all query heads of a GQA group together, which is what is read. bytes_fraction: the index, the scanned keys and the
-selected values over what dense attention reads from a 16-bit cache.
+selected values over what dense attention reads from a 16-bit cache. work_fraction: multiplications of bounds and scanned keys over those
+of scoring every key, the asymptotic cost of a query. build_ms and query_us are of the plain torch code here (a layer; a query).
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +39,7 @@ class Config:
     subspaces: tuple[int, ...] = option((1, 8, 16), help="Of ball.")
     group_len: tuple[int, ...] = option((4,), help="Of ball: keys per group.")
     grouping: tuple[str, ...] = option(("kcenter",), help="Of ball: kcenter, consecutive, kmeans.")
+    enclosure: tuple[str, ...] = option(("ball",), help="Of ball: ball, box.")
     center: tuple[str, ...] = option(("mean",), help="Of ball: mean, key.")
     slicing: tuple[str, ...] = option(("contiguous",), help="Of ball: contiguous, interleaved, random, rotated.")
     codec: tuple[str, ...] = option(
@@ -63,11 +66,14 @@ class Config:
 def methods(config: Config) -> Iterator[Method]:
     """Every combination that makes sense; those that share an index follow each other."""
     if "ball" in config.index:
-        names = ("subspaces", "group_len", "grouping", "center", "slicing")
+        names = ("subspaces", "group_len", "grouping", "enclosure", "center", "slicing")
         for values in product(*(getattr(config, n) for n in names)):
+            options = dict(zip(names, values, strict=True))
+            if options["enclosure"] == "box" and options["center"] == "key":
+                continue  # a box has no centre
             for rule in config.rule:
                 if values[0] > 1 or rule == "sum":  # one subspace has one rule
-                    yield BallMethod(rule=rule, options=tuple(zip(names, values, strict=True)))
+                    yield BallMethod(rule=rule, options=tuple(options.items()))
     if "box" in config.index:  # Quest's pages
         pages = {"subspaces": 1, "group_len": 16, "grouping": "consecutive", "enclosure": "box"}
         yield BallMethod(rule="sum", options=tuple(pages.items()), name="box")
@@ -127,14 +133,21 @@ def _measure_layer(
 ) -> Iterator[tuple[float, int, dict[str, Any]]]:
     question, n = ask(capture, layer), layer.keys.shape[1]
     ordered = question.scores.sort(-1, descending=True).values
-    prepared = None
+    prepared, build_ms = None, 0.0
     for method_index, (method, goes_on) in enumerate(in_turn(chosen)):
         if not goes_on:
+            started = time.perf_counter()
             prepared = method.prepare(layer, question.fitting)
+            build_ms = 1e3 * (time.perf_counter() - started)
         for target in targets:
             k = max(1, int(target * n)) if target < 1 else min(int(target), n)
             asked = replace(question, tau=ordered[..., k - 1])
-            yield target, method_index, _figures(method.answer(prepared, asked), asked, k)
+            started = time.perf_counter()
+            answer = method.answer(prepared, asked)
+            query_us = 1e6 * (time.perf_counter() - started) / question.tau.numel()
+            found = _figures(answer, asked, k)
+            work = {"work_fraction": method.work_per_key + found["scanned_fraction"]}
+            yield target, method_index, found | work | {"build_ms": build_ms, "query_us": query_us}
 
 
 def _figures(answer: Answer, question: Question, k: int) -> dict[str, Any]:

@@ -54,6 +54,11 @@ class Method(Protocol):
 
     @property
     def guarantee(self) -> Guarantee: ...
+    @property
+    def work_per_key(self) -> float:
+        """Multiplications of a query's bounds, per key of the cache and channel."""
+        ...
+
     def fields(self) -> dict[str, Any]: ...
     def prepare(self, layer: Layer, fitting: Tensor) -> Any: ...
     def answer(self, prepared: Any, question: Question) -> Answer: ...
@@ -71,6 +76,12 @@ class BallMethod:
     def guarantee(self) -> Guarantee:
         """The oracle's thresholds come from the answer itself, which nobody has when decoding."""
         return "none" if self.rule == "oracle-and" else "exact"
+
+    @property
+    def work_per_key(self) -> float:
+        """A centre per group in every subspace, whose widths add up to head_dim; a box has two corners."""
+        options = dict(self.options)
+        return (2 if options.get("enclosure") == "box" else 1) / options["group_len"]
 
     def fields(self) -> dict[str, Any]:
         """Row fields."""
@@ -139,6 +150,11 @@ class CodecMethod:
         """Bounds lose nothing."""
         return "exact"
 
+    @property
+    def work_per_key(self) -> float:
+        """A code per channel; the second plane's are read for survivors only."""
+        return 1.0
+
     def fields(self) -> dict[str, Any]:
         """Row fields."""
         return {"index": "sketch", "rule": "sum", "codec": self.codec, "planes": self.planes, "metric": self.metric}
@@ -171,6 +187,11 @@ class SketchMethod:
     def guarantee(self) -> Guarantee:
         """Bounds lose nothing."""
         return "exact"
+
+    @property
+    def work_per_key(self) -> float:
+        """A code per channel."""
+        return 1.0
 
     def fields(self) -> dict[str, Any]:
         """Row fields."""

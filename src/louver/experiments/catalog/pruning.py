@@ -7,14 +7,15 @@ from louver.experiments.chart import Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
-_USUAL = ("kcenter", "mean", "contiguous")
+_SETTINGS = ("grouping", "enclosure", "center", "slicing")
+_USUAL = ("kcenter", "ball", "mean", "contiguous")
 
 
 def combination(row: Row) -> str:
     """What a row was measured with, in a few words."""
     if row["index"] != "sketch":
         settings = [f"{row['subspaces']} x groups of {row['group_len']}"]
-        settings += [str(row[n]) for n in ("grouping", "center", "slicing") if row.get(n) not in (None, *_USUAL)]
+        settings += [str(row[n]) for n in _SETTINGS if row.get(n) not in (None, *_USUAL)]
         return f"{row['index']} {row['rule']}  {', '.join(settings)}"
     planes = f", {row['planes']} planes" if row["planes"] > 1 else ""
     return f"{row['codec']}  {row['metric']} metric{planes}"
@@ -50,6 +51,10 @@ EXPERIMENT = Experiment(
         Column(heading="keys wanted", value=target),
         Column(heading="scanned", value="scanned_fraction", spec=".1%"),
         Column(heading="bytes / dense", value="bytes_fraction", spec=".3f"),
+        Column(heading="index / cache", value="index_bytes_fraction", spec=".3f"),
+        Column(heading="work / dense", value="work_fraction", spec=".2f"),
+        Column(heading="build, ms", value="build_ms", spec=",.0f"),
+        Column(heading="query, µs", value="query_us", spec=",.0f"),
         Column(heading="lost", value="num_false_negatives", spec=",d"),
         Column(heading="guarantee", value="guarantee"),
     ),
