@@ -40,6 +40,15 @@ TABLES = {
         ),
         where={"guarantee": "certified"},
     ),
+    "memory": Table(
+        file="demo.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("prompt", "kv_len", ","),
+            ("index / 16-bit cache", "index_memory_fraction_16bit", ".1%"),
+        ),
+        where={"guarantee": "certified"},
+    ),
     "gpu": Table(
         file="speed_h100.json",
         columns=(

@@ -62,6 +62,7 @@ class Experiment:
     columns: tuple[Column, ...]
     finding: Callable[[Sequence[Row]], str]
     charts: tuple[Chart, ...] = ()
+    caveat: str = ""  # why the two differ, or what can't be compared here
     quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings for `make experiments` without --full
 
     def cells(self, rows: Sequence[Row]) -> list[list[str]]:

@@ -37,6 +37,7 @@ EXPERIMENT = Experiment(
     name="coverage",
     summary="Over a long greedy generation, how many keys hold 50, 90 and 99% of the attention at each step.",
     claim="How many keys a step needs changes from step to step, so a fixed top k is either too many or too few.",
+    caveat="Diffuse heads of a small model need more keys than those of the paper's models; the spread is what matters here.",
     config=coverage.Config,
     run=coverage.run,
     quick={"tokens": 2048, "max_new_tokens": 96},

@@ -35,6 +35,9 @@ EXPERIMENT = Experiment(
         "Key norms span 2,500 times on Qwen2.5-7B, queries lie outside the distribution of the keys, and the number of relevant keys "
         "varies, so a nearest-neighbour index loses keys."
     ),
+    caveat=(
+        "The span of norms is a property of the model, and small ones may show little of it. `louver capture Qwen/Qwen2.5-7B` and this experiment on its capture check the paper's figure where the model is at hand."
+    ),
     config=geometry.Config,
     run=geometry.run,
     columns=(

@@ -29,6 +29,10 @@ EXPERIMENT = Experiment(
     name="latency",
     summary="What a decode step's attention takes as the cache grows, building and appending included.",
     claim="Louver decodes faster than dense attention, FlashAttention included, and its index is cheap to build and to append to.",
+    caveat=(
+        "On a CPU the opponent is torch's attention there; the GPU's figures, beside FlashAttention and cuDNN through SDPA, are rows of "
+        "`louver bench --device cuda`. Below the length where a sketch pays, Louver runs dense."
+    ),
     config=latency.Config,
     run=latency.run,
     quick={"kv_lens": (2048, 8192), "shape": (9, 3, 64)},

@@ -23,6 +23,7 @@ EXPERIMENT = Experiment(
     name="precision",
     summary="How far the attention output is off, against the bytes a step reads: a row per policy.",
     claim="The paper drops keys below its threshold and gives no bound on the output; Louver's certificates are its own.",
+    caveat="`drop:F` is an oracle: no selector can do better at that share, and none knows the true scores without reading every key.",
     config=precision.Config,
     run=precision.run,
     columns=(

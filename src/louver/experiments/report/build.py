@@ -79,6 +79,8 @@ def _section(described: Experiment, files: list[tuple[str, Document]], charts: l
     ]
     for name, document in files:
         parts += [*_run(described, name, document, charts)]
+    if described.caveat:
+        parts.append(f'<p class="claim"><b>Mind.</b> {html.escape(described.caveat)}</p>')
     return "".join([*parts, "</section>"])
 
 
