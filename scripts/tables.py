@@ -63,6 +63,36 @@ TABLES = {
         ),
         where={"batch": 1, "num_kv_heads": 8, "head_dim": 128, "dtype": "float16", "backend": "triton"},
     ),
+    "offload": Table(
+        file="offload.json",
+        columns=(
+            ("keys", "kv_len", ","),
+            ("policy", "policy", ""),
+            ("keys and values", "store", ""),
+            ("step, µs", "latency_us", ",.0f"),
+            ("lookup, µs", "lookup_us", ".0f"),
+            ("fetch, µs", "fetch_us", ".0f"),
+            ("moved", "moved_fraction", ".1%"),
+            ("on the GPU", "gpu_fraction", ".1%"),
+            ("against streaming", "speedup_vs_streamed", ".1f"),
+            ("against all on the GPU", "speedup_vs_resident", ".2f"),
+            ("recall", "recall", ""),
+            ("output error", "output_error", ".2%"),
+        ),
+    ),
+    "disk": Table(
+        file="disk.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("dtype", "dtype", ""),
+            ("layers", "num_layers", ""),
+            ("keys per layer", "kv_len", ","),
+            ("bytes on disk", "disk_bytes", ","),
+            ("RssAnon, bytes", "rss_anon_bytes", ","),
+            ("RssAnon / disk", "rss_anon_fraction", ".1%"),
+            ("index / cache", "index_memory_fraction", ".1%"),
+        ),
+    ),
 }
 
 

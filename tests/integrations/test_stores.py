@@ -128,6 +128,19 @@ def test_saving_over_the_file_one_reads_from(prompts, tmp_path):
     assert torch.equal(step(model, again, token), step(model, cache, token))
 
 
+@pytest.mark.parametrize("index", ["flat", "ball"])
+def test_other_indexes_go_on_too(index, prompts, tmp_path):
+    model = llama()
+    cache = attach(model, policy="topk:8", index=index)
+    first = generate(model, prompts.left_padded, cache, 4)
+    cache.save(tmp_path / "cache")
+    loaded = LouverCache.load(tmp_path / "cache", model.config)
+    assert type(loaded.served_layers[0].attention.index) is type(cache.served_layers[0].attention.index)
+    mask = torch.cat([prompts.left_padded["attention_mask"], torch.ones(3, 4, dtype=torch.long)], 1)
+    inputs = {"input_ids": first, "attention_mask": mask}
+    assert torch.equal(generate(model, inputs, loaded, 8), generate(model, inputs, cache, 8))
+
+
 def test_another_policy_may_go_on(prompts, tmp_path):
     model = llama()
     cache = attach(model, policy="exact:0.05")

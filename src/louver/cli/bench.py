@@ -62,7 +62,7 @@ def report(rows: list[Row]) -> Table:
     table = Table(box=None)
     for name in ("keys", "way"):
         table.add_column(name)
-    for name in ("ms", "p20-p80", "vs torch", "vs dense", "bytes", "recall", "error"):
+    for name in ("ms", "p20-p80", "vs torch", "vs dense", "bytes", "index", "recall", "error"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -73,6 +73,7 @@ def report(rows: list[Row]) -> Table:
             f"{row['speedup_vs_best_torch']:.2f}x",
             f"{row['speedup_vs_dense']:.2f}x",
             f"{row['bytes_fraction']:.3f}",
+            f"{row['index_memory_fraction']:.0%}" if "index_memory_fraction" in row else "",
             f"{row['recall']:.4f}" if "recall" in row else "",
             f"{row['output_error']:.2%}" if "output_error" in row else "",
         )

@@ -21,6 +21,10 @@ def generate(
     index: Annotated[str, typer.Option(help=INDEX_HELP)] = "sketch",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after this many tokens.")] = 128,
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
+    store: Annotated[
+        str, typer.Option(help="Where exact keys and values live: device, host (RAM) or disk (mapped files).")
+    ] = "device",
+    store_path: Annotated[Path | None, typer.Option(help="Of the store disk: a folder for its files.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Generate greedily from a file through Louver; then say how fast, how much was read and what is certified."""
@@ -33,6 +37,8 @@ def generate(
         index=index,
         max_new_tokens=max_new_tokens,
         backend=backend,
+        store=store,
+        store_path=store_path,
     )
     stages = Stages()
 
@@ -48,7 +54,7 @@ def generate(
     errors.print(
         f"\n{row['num_tokens']} tokens at {row['tokens_per_s']:.1f} tokens/s after reading {row['kv_len']:,} in "
         f"{row['prefill_s']:.1f} s  ·  {row['policy']} saved {1 - row['bytes_fraction']:.0%} of the bytes dense attention reads "
-        f"({row['exact_fraction']:.1%} of the keys exact)  ·  {_certificate(row)}",
+        f"({row['exact_fraction']:.1%} of the keys exact)  ·  {_certificate(row)}  ·  {_memory(row)}",
         style="dim",
     )
 
@@ -58,3 +64,9 @@ def _certificate(row: dict) -> str:
         mean, worst = row["output_error_bound"], row["output_error_bound_worst"]
         return f"certified relative output error {mean:.2g} mean, {worst:.2g} worst"
     return f"certified dropped mass {row['dropped_mass_bound']:.2%} mean"
+
+
+def _memory(row: dict) -> str:
+    places = (("gpu", "on the GPU"), ("host", "in RAM"), ("disk", "on disk"))
+    held = [f"{row[f'{place}_bytes'] / 2**20:,.0f} MiB {where}" for place, where in places if row[f"{place}_bytes"]]
+    return f"{', '.join(held)}, the index {row['index_memory_fraction']:.0%} of keys and values"

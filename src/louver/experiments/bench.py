@@ -194,6 +194,7 @@ def evidence(copy: Copy, policy: str) -> dict[str, Any]:
     stats = result.stats
     return {
         "bytes_fraction": stats.bytes_fraction,
+        "index_memory_fraction": copy.index.memory_bytes() / (2 * copy.keys.numel() * copy.keys.element_size()),
         "scanned_fraction": stats.fraction("scanned"),
         "selected_fraction": stats.fraction("exact"),
         "live_fraction": stats.fraction("coarse"),

@@ -18,7 +18,7 @@ DEMO = "demo"  # this name stands for the offline model
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to generate. Every field changes results, but for ``backend``, which changes only speed."""
+    """What to generate. Every field changes results, but for ``backend``, which changes only speed, and where the cache is, which changes none."""
 
     model: str  # a folder, a name on the model hub, or "demo"
     prompt_file: Path
@@ -28,6 +28,8 @@ class Config:
     index: str = "sketch"  # sketch, flat or ball; the last two serve retrieval policies
     max_new_tokens: int = 128
     backend: str = "auto"
+    store: str = "device"  # where exact keys and values live: device, host or disk
+    store_path: Path | None = None  # of the store disk: the folder of its working files
 
 
 def run(
@@ -44,7 +46,8 @@ def run(
     from louver.integrations.transformers import attach
 
     policy = parse(config.policy)
-    LouverAttention(policy, index=config.index, backend=config.backend)  # refused before the model takes its time
+    refused_early = {"index": config.index, "store": config.store, "path": config.store_path}
+    LouverAttention(policy, backend=config.backend, **refused_early)  # before the model takes its time
     read_text(config.prompt_file)  # before the model takes its time
     if config.max_new_tokens < 1:
         raise InputFileError(f"max_new_tokens={config.max_new_tokens}; wanted at least 1")
@@ -52,7 +55,14 @@ def run(
     model, tokenizer = loaded or (demo_model() if config.model == DEMO else load_model(config.model))
     on_progress("load the model", 1, 1)
     prompt = build_prompt(tokenizer, read_document(config.prompt_file, tokenizer), config.question, config.chat)
-    cache = attach(model, policy=policy, backend=config.backend, index=config.index)
+    cache = attach(
+        model,
+        policy=policy,
+        backend=config.backend,
+        index=config.index,
+        store=config.store,
+        path=config.store_path,
+    )
     num_prefill, done = prompt.num_tokens - 1, 0
 
     def advance(num_tokens: int) -> None:
@@ -90,6 +100,9 @@ def run(
         "dropped_mass_bound": summary.dropped_mass_bound_mean,
         "keys_values_bytes": memory["keys_values"],
         "index_bytes": memory["index"],
+        "index_memory_fraction": memory["index_fraction"],
+        "store": config.store,
+        **{f"{place}_bytes": memory[place] for place in ("gpu", "host", "disk")},
         "guarantee": policy.guarantee,
     }
     return [row]

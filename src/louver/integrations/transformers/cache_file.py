@@ -99,7 +99,7 @@ def load(
         prefix = f"layers.{i}."
         mine = {k.removeprefix(prefix): x.to(target) for k, x in tensors.items() if k.startswith(prefix)}
         if isinstance(layer, LouverLayer):
-            arguments = _arguments(saved["louver"], policy) | cache.options
+            arguments = cache.options | _arguments(saved["louver"], policy)
             layer.restore(
                 lambda _, arguments=arguments: LouverAttention(**arguments),
                 mine,
