@@ -6,6 +6,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from louver.errors import PolicyError
@@ -66,10 +67,15 @@ def parse(spec: str | Policy) -> Policy:
         >>> parse("exact:0.01+sinks:4")
         ExactFraction(sinks=4, recent=0, fraction=0.01, unread_mass=0.1)
     """
-    if isinstance(spec, Policy):
+    if isinstance(spec, str):
+        return _read(spec)
+    if isinstance(spec, (BasePolicy, Policy)):  # asking the protocol alone takes microseconds
         return spec
-    if not isinstance(spec, str):
-        raise PolicyError(f"policy={spec!r} is neither a specification such as 'exact:0.01' nor a Policy")
+    raise PolicyError(f"policy={spec!r} is neither a specification such as 'exact:0.01' nor a Policy")
+
+
+@lru_cache(maxsize=256)  # every step parses its policy, and policies are frozen
+def _read(spec: str) -> Policy:
     if "|" in spec:
         return union([parse(part) for part in spec.split("|")])  # pyright: ignore[reportReturnType] - drops as they do
     # A plus sign inside a number (fixed:1e+5) is not a separator.

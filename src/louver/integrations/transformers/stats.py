@@ -1,11 +1,12 @@
 """What the decode steps of a cache read and what they certified, as running totals.
 
-Each attended layer adds a handful of sums that stay on the device; nothing synchronises until somebody asks. Memory does not
-grow with the number of steps, unless a history is asked for.
+Each attended layer adds a handful of sums that stay on the device, a few steps at a time; nothing synchronises until somebody
+asks. Memory does not grow with the number of steps, unless a history is asked for.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +109,19 @@ class DecodeStats:
         )
 
 
+# Steps whose figures wait until their sums are taken together: one by one they would take longer than a short step.
+_PENDING = 16
+
+
+class _Figures(NamedTuple):
+    """What the totals need of a result; not the result, which may hold the whole cache."""
+
+    stats: StepStats
+    out: Tensor
+    certificate: Tensor
+    dropped_mass_bound: Tensor
+
+
 class _Totals:
     """Sums and maxima of one layer, as small device tensors."""
 
@@ -117,14 +131,37 @@ class _Totals:
         self.counts: Tensor | None = None  # int64, in the order of _COUNTS
         self.sums: Tensor | None = None  # float64: relative certificate, dropped mass bound
         self.worst: Tensor | None = None
+        self._pending: list[_Figures] = []
 
     def add(self, result: AttendResult) -> None:
-        counts = torch.stack([getattr(result.stats, name) for name in _COUNTS]).flatten(1).sum(1)
-        norm = result.out.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        bounds = torch.stack([result.certificate / norm, result.dropped_mass_bound]).flatten(1).double()
-        self._add(counts, bounds.sum(1), bounds.amax(1))
         self.num_steps += 1
-        self.num_outputs += bounds.shape[1]
+        self.num_outputs += result.certificate.shape[0] * result.certificate.shape[1]
+        self._pending.append(_Figures(result.stats, result.out, result.certificate, result.dropped_mass_bound))
+        if len(self._pending) >= _PENDING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Take in the figures that wait, those of one kind together."""
+        kinds: dict[tuple, list[_Figures]] = {}
+        for one in self._pending:
+            kinds.setdefault((one.stats.byte_weights, one.stats.drops, one.stats.index_bytes is None), []).append(one)
+        self._pending = []
+        for some in kinds.values():
+            self._take(some)
+
+    def _take(self, some: list["_Figures"]) -> None:
+        figures = zip(*((x.out, x.certificate, x.dropped_mass_bound) for x in some), strict=True)
+        outs, certificates, dropped = (torch.cat([x.flatten(0, 1) for x in each]) for each in figures)
+        index_bytes = [x.stats.index_bytes for x in some if x.stats.index_bytes is not None]
+        stats = replace(
+            some[0].stats,
+            table=torch.cat([x.stats.table.flatten(0, 1) for x in some])[None],
+            index_bytes=torch.cat([x.flatten() for x in index_bytes])[None] if index_bytes else None,
+        )
+        counts = torch.stack([getattr(stats, name).sum() for name in _COUNTS])
+        norm = outs.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+        bounds = torch.stack([certificates / norm, dropped]).double()
+        self._add(counts, bounds.sum(1), bounds.amax(1))
 
     def _add(self, counts: Tensor, sums: Tensor, worst: Tensor) -> None:
         if self.counts is None or self.sums is None or self.worst is None:
@@ -137,6 +174,7 @@ class _Totals:
     def merged(cls, parts: list["_Totals"]) -> "_Totals":
         whole = cls()
         for part in parts:
+            part.settle()
             if part.counts is not None and part.sums is not None and part.worst is not None:
                 whole._add(part.counts.cpu(), part.sums.cpu(), part.worst.cpu())
                 whole.num_steps += part.num_steps
@@ -144,6 +182,7 @@ class _Totals:
         return whole
 
     def figures(self) -> dict:
+        self.settle()
         if self.counts is None or self.sums is None or self.worst is None:
             counts, mean, worst = [0] * len(_COUNTS), [0.0, 0.0], [0.0, 0.0]
         else:

@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from louver.kernels.cpu import native
-from louver.kernels.cpu.native import Cache
+from louver.kernels.cpu.native import Cache, share
 from louver.kernels.ops import TierOutput
 from louver.protocols import COUNTS, CutRule
 from louver.shapes import PerQueryHead, PerRow, Query
@@ -25,8 +25,8 @@ def attend_dense(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[:2])
     native.load().attend_dense(
-        q.contiguous(), keys, values, kv_start, kv_len, block_table, softmax_scale, out, lse,
-        native.num_threads(), native.isa,
+        share(q.contiguous()), share(keys), share(values), share(kv_start), share(kv_len), share(block_table),
+        softmax_scale, share(out), share(lse), native.num_threads(), native.isa,
     )  # fmt: skip
     return out, lse
 
@@ -56,9 +56,10 @@ def step(
         width = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
         mask = torch.zeros(batch, num_q_heads, width, dtype=torch.bool)
     native.load().step(
-        native.sketch_view(sketch), q.contiguous(), keys, values, kv_start, kv_len, block_table, softmax_scale,
-        (rule.drop, rule.share, rule.count, rule.tau, rule.unread_mass, sinks, recent, keep_best),
-        out, evidence, counts, None if mask is None else mask.view(torch.uint8), native.num_threads(), native.isa,
+        native.sketch_view(sketch), share(q.contiguous()), share(keys), share(values), share(kv_start), share(kv_len),
+        share(block_table), softmax_scale, (rule.drop, rule.share, rule.count, rule.tau, rule.unread_mass, sinks, recent, keep_best),
+        share(out), share(evidence), share(counts), None if mask is None else share(mask.view(torch.uint8)),
+        native.num_threads(), native.isa,
     )  # fmt: skip
     lse, certificate, arithmetic, dropped, tau = evidence.unbind()
     return TierOutput(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
 from louver.sketch.layout import Sketch
 
@@ -50,6 +51,11 @@ def load() -> Any:
     """The extension. Callers have resolved the backend, so it is there."""
     assert _native is not None, "the cpu backend was used without being available"
     return _native
+
+
+def share(x: Tensor | None) -> Any:
+    """A tensor as the extension takes it. A tensor would do, but its own ``__dlpack__`` takes eight times as long."""
+    return None if x is None else to_dlpack(x)
 
 
 def sketch_view(sketch: Sketch) -> Any:

@@ -5,7 +5,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from louver.kernels.cpu import native
-from louver.kernels.cpu.native import Cache
+from louver.kernels.cpu.native import Cache, share
 from louver.kernels.ops import Bounds
 from louver.kernels.reference.bounds import summarize
 from louver.shapes import PerRow, Query
@@ -22,7 +22,14 @@ def encode_block(
 ) -> None:
     """Close the blocks that are full; see louver.kernels.reference.encode_block."""
     native.load().encode_block(
-        native.sketch_view(sketch), keys, values, kv_start, kv_len, block_table, native.num_threads(), native.isa
+        native.sketch_view(sketch),
+        share(keys),
+        share(values),
+        share(kv_start),
+        share(kv_len),
+        share(block_table),
+        native.num_threads(),
+        native.isa,
     )
 
 
@@ -47,8 +54,9 @@ def bounds(
     undecided = torch.zeros(batch, num_kv_heads, sketched, dtype=torch.bool)
     known = torch.full((batch, num_q_heads, longest), -torch.inf)
     native.load().bounds(
-        native.sketch_view(sketch), q.contiguous(), keys, kv_start, kv_len, block_table, sinks, recent,
-        estimate, half_width, undecided.view(torch.uint8), known, native.num_threads(), native.isa,
+        native.sketch_view(sketch), share(q.contiguous()), share(keys), share(kv_start), share(kv_len),
+        share(block_table), sinks, recent, share(estimate), share(half_width), share(undecided.view(torch.uint8)),
+        share(known), native.num_threads(), native.isa,
     )  # fmt: skip
     decided = (torch.arange(longest) < length[:, None])[:, None].repeat(1, num_kv_heads, 1)
     decided[:, :, :sketched] &= ~undecided[:, :, :longest]
