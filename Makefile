@@ -71,7 +71,6 @@ lint: $(ENV)
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 	$(BIN)/python scripts/tables.py --check
-	$(BIN)/python scripts/reproduce.py --check
 
 format: $(ENV)
 	$(BIN)/ruff check --fix

@@ -1,9 +1,5 @@
-"""Write the table of claims in docs/reproduce.md from stored rows and the catalog of experiments.
+"""The table of claims in docs/reproduce.md, from stored rows and the catalog of experiments; tables.py writes it with the others."""
 
-Usage: python scripts/reproduce.py [--check]   (--check changes nothing and fails where the table is out of date)
-"""
-
-import sys
 from pathlib import Path
 
 from louver.experiments.catalog import experiments
@@ -34,20 +30,11 @@ def line(described: Experiment) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def main() -> int:
-    """Write (or check) the table; 1 where it was out of date and only checked."""
+def is_fresh(check: bool) -> bool:
+    """Whether the table was up to date; unless check is set it is afterwards."""
     text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     fresh = before + BEGIN + table() + END + rest.split(END)[1]
-    if fresh == text:
-        return 0
-    if "--check" in sys.argv:
-        print(f"out of date: {PAGE.name}")
-        return 1
-    PAGE.write_text(fresh, encoding="utf-8")
-    print(f"written: {PAGE.name}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    if fresh != text and not check:
+        PAGE.write_text(fresh, encoding="utf-8")
+    return fresh == text
