@@ -10,6 +10,6 @@ python=${PYTHON:-python3}
 spread=""
 if $python -c 'import xdist' 2>/dev/null; then spread="-n 12 -p no:benchmark"; fi
 if [ "${TESTS:-1}" = 1 ]; then
-    $python -m pytest tests/gpu -m gpu -o addopts="--import-mode=importlib --strict-markers" -q $spread -p no:cacheprovider
+    $python -m pytest tests/gpu -m "gpu and not model" -o addopts="--import-mode=importlib --strict-markers" -q $spread -p no:cacheprovider
 fi
 $python -m louver.experiments.bench_gpu --kv-lens "$lengths" --json "$out/speed_gpu.json"

@@ -68,3 +68,14 @@ def test_generation_takes_an_index(text):
     assert row["index"] == "ball" and row["num_tokens"] == 3 and row["index_bytes"] > 0
     with torch.no_grad():
         assert model(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape[1] == 4
+
+
+@pytest.mark.parametrize("store", ["host", "disk"])
+def test_generation_says_where_the_cache_is(text, store, tmp_path):
+    path = tmp_path / "work" if store == "disk" else None
+    config = generation.Config(model="tiny", prompt_file=text, store=store, store_path=path, max_new_tokens=3)
+    model = tiny_models.llama()
+    (row,) = generation.run(config, loaded=(model, Letters()))
+    assert row["store"] == store and row["gpu_bytes"] == 0
+    assert row[f"{store}_bytes"] >= row["keys_values_bytes"] > 0
+    assert row["host_bytes"] + row["disk_bytes"] == row["keys_values_bytes"] + row["index_bytes"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from louver import LouverAttention
+from louver.errors import OutOfRoomError
 from louver.experiments.synthetic import heavy_tailed
 from louver.kernels.triton import runtime
 from louver.kernels.triton.step import serves
@@ -48,6 +49,15 @@ def test_takes_no_memory_of_the_card():
     store.append(keys[:, :, :1], keys[:, :, :1])
     assert torch.cuda.memory_allocated() - before < 1 << 16
     assert store.memory_bytes() >= 2 * keys.numel() * 2
+
+
+def test_room_is_refused_before_it_is_taken():
+    keys = tokens(5000)
+    for store, advice in (("host", "retrieval policy"), ("device", "store='host'")):
+        layer = LouverAttention("exact:0.01", store=store, max_gpu_bytes=100_000)
+        with pytest.raises(OutOfRoomError, match=advice):
+            layer.append(keys, keys)
+        assert layer.kv_len == 0
 
 
 @pytest.mark.parametrize("spec", ["exact:0.01", "budget:0.01", "topk:20", "fixed:30", "dense"])

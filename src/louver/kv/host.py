@@ -107,7 +107,8 @@ class HostStore(DeviceStore):
 
     def _await_copy(self) -> None:
         if self._written is not None:
-            torch.cuda.current_stream().wait_event(self._written)
+            assert self._keys is not None
+            torch.cuda.current_stream(self._keys.device).wait_event(self._written)
             self._written = None
 
     def _resize(self, capacity: int, ids: Tensor | None = None) -> None:

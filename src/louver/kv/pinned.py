@@ -21,14 +21,14 @@ def pinned_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devi
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     with torch.cuda.device(device):
-        host = _Locked(max(1, num_bytes))
+        host = _Locked(max(1, num_bytes), device)
         return torch.as_tensor(host, device=device)[:num_bytes].view(dtype).view(shape)
 
 
 class _Locked:
     """Locked memory, as other libraries ask for it: by ``__cuda_array_interface__``."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.memory = torch.empty(num_bytes, dtype=torch.uint8)
         status = _runtime().cudaHostRegister(self.memory.data_ptr(), num_bytes, 0)
         if int(status):
@@ -36,7 +36,7 @@ class _Locked:
                 f"cannot lock {num_bytes / 2**30:.1f} GiB of host memory for the GPU to read (CUDA error {int(status)}): "
                 "is there that much RAM, and does the limit on locked memory (ulimit -l) allow it?"
             )
-        weakref.finalize(self, _unlock, self.memory)
+        weakref.finalize(self, _unlock, self.memory, device)
         self.__cuda_array_interface__ = {
             "shape": (num_bytes,),
             "typestr": "|u1",
@@ -45,8 +45,8 @@ class _Locked:
         }
 
 
-def _unlock(memory: Tensor) -> None:
-    torch.cuda.synchronize()  # a kernel may still be reading
+def _unlock(memory: Tensor, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a kernel may still be reading
     _runtime().cudaHostUnregister(memory.data_ptr())
 
 
