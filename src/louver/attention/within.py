@@ -26,6 +26,8 @@ from louver.protocols import Cuts
 from louver.shapes import PerQueryHead, Query, Values
 from louver.sketch.layout import Sketch
 
+PASSES = 6  # that lower cuts by terms
+FIRST_AIM = 2.5  # times what is allowed: heads of a group read for one another, and the terms' sum exceeds their joint maximum
 AIM = 0.97  # of what is allowed: the output moves a little when precision is added
 
 
@@ -42,15 +44,16 @@ def attend_within(
 
     cuts = policy.cuts(bounds.summary)
     step = attend(cuts)
-    aim = torch.full_like(step.certificate, AIM)
-    for _ in range(2):
+    aim = torch.full_like(step.certificate, FIRST_AIM)
+    for _ in range(PASSES):
         allowed = allowed_error(step, policy)
         if not bool((missed := ~(step.certificate <= allowed)).any()):
             break
         wanted = policy.settle(bounds.summary, error_terms(step.out, sketch, bounds), aim * allowed)
         cuts = _lower_where(missed, cuts, wanted)
         step = attend(cuts)
-        aim = aim * (allowed_error(step, policy) / step.certificate).nan_to_num(0.0, posinf=1.0).clamp(0, 1)
+        reached = (allowed_error(step, policy) / step.certificate).nan_to_num(0.0, posinf=1.0).clamp(0, 1)
+        aim = torch.where(reached < 1, aim * AIM * reached, aim)
     # Making one head of a group exact moves its neighbours' outputs, so look once more until nobody misses.
     while bool((missed := ~(step.certificate <= allowed_error(step, policy))).any()):
         cuts = everything_where(missed, cuts)
