@@ -27,7 +27,9 @@ from louver.shapes import PerQueryHead, Query, Values
 from louver.sketch.layout import Sketch
 
 PASSES = 6  # that lower cuts by terms
-FIRST_AIM = 2.5  # times what is allowed: heads of a group read for one another, and the terms' sum exceeds their joint maximum
+FIRST_AIM = (
+    2.5  # times what is allowed: heads of a group read for one another, and the terms' sum exceeds their joint maximum
+)
 AIM = 0.97  # of what is allowed: the output moves a little when precision is added
 
 

@@ -20,7 +20,7 @@ from louver.errors import InputFileError
 from louver.experiments.audit import Audit
 from louver.experiments.baselines import Fp8, Kivi4
 from louver.experiments.baselines.coded import CodedAttention
-from louver.experiments.decoding import Decoded, decode, kl_nats, prefill
+from louver.experiments.decoding import decode, kl_nats, prefill
 from louver.experiments.demo import with_policy
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.document import Document, build_prompt, python_topics
@@ -33,6 +33,7 @@ POLICIES = (
     "exact:0.002", "exact:0.005", "exact:0.01", "exact:0.03", "error:0.05", "mass:0.001", "error:0.1", "error:0.2", "error:0.5",
     "mass:0.01", "mass:0.05", "mass:0.1", "fp8", "kivi4",
 )  # fmt: skip
+MOST_TOKENS = 16  # that a LouverAttention serves at once, each as if it came alone
 CODES = {"fp8": Fp8, "kivi4": Kivi4}
 QUESTION = "What is this text about? Give the details that matter, with examples."
 
@@ -87,11 +88,8 @@ class _Branches:
         self._last = int(prompt.ids[0, -1])
         self._cache = attach(model, policy="exact:0.01", backend=config.backend)
         prefill(model, self._cache, prompt.ids[:, :-1])
-        self._dense = self._decode(with_policy(self._cache, "dense"), None)
+        self._dense = decode(model, with_policy(self._cache, "dense"), self._last, config.steps)
         self._num_tokens = prompt.num_tokens
-
-    def _decode(self, cache: Any, forced: list[int] | None) -> Decoded:
-        return decode(self._model, cache, self._last, self._config.steps, forced=forced)
 
     def row(self, spec: str) -> dict[str, Any]:
         """How one policy fares along the dense path."""
@@ -100,9 +98,10 @@ class _Branches:
         if spec not in CODES:
             checks = _Checks(spec, self._config.audit_stride)
             branch.observer = checks
-        decoded = self._decode(branch, self._dense.tokens)
-        same = torch.tensor(decoded.tokens) == torch.tensor(self._dense.tokens)
-        kl, summary = kl_nats(self._dense.logits, decoded.logits), branch.summary()
+        at_once = 1 if spec in CODES or spec == "dense" else MOST_TOKENS
+        logits = _led(self._model, branch, [self._last, *self._dense.tokens[:-1]], at_once)
+        same = logits.argmax(-1) == torch.tensor(self._dense.tokens)
+        kl, summary = kl_nats(self._dense.logits, logits), branch.summary()
         store = _store(self._cache.served_layers[0].attention)
         return {
             "data": Path(getattr(self._model.config, "name_or_path", "")).name,
@@ -158,6 +157,15 @@ class _Checks:
         if self.policy.drops:
             found += sum(int((s.dropped_mass > s.dropped_mass_bound + 1e-12).sum()) for s in self._audit.steps)
         return found
+
+
+def _led(model: Any, cache: Any, tokens: list[int], at_once: int) -> Tensor:
+    """The logits [len(tokens), vocab] of a model that is fed these tokens after its cache, some at once where its layers serve that."""
+    logits = []
+    with torch.no_grad():
+        for part in torch.tensor([tokens], device=model.device).split(at_once, dim=1):
+            logits.append(model(input_ids=part, **cache.kwargs(), use_cache=True).logits[0].float().cpu())
+    return torch.cat(logits)
 
 
 def joined(per_prompt: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
