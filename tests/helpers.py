@@ -226,6 +226,7 @@ def policies_to_try(kv_len: int) -> list[BasePolicy]:
         "topk:3|mass:0.2",
         "relative:1|budget:0.3|fixed:2",
         "exact:0.05|exact:0.2+unread:0",
+        "fixed:1/fixed:3.5+sinks:1",
         "sample-max",
         "sample-topk:3+size:16+seed:5",
         "sample-mean-max",

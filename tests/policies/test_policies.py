@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from helpers import absolute_scores, build_case, true_scores
 from louver import FlatIndex, attend
-from louver.errors import LouverWarning
+from louver.errors import LouverWarning, PolicyError
 from louver.kernels import available_backends
 from louver.kernels.reference.sample import reservoir
 from louver.policies import Budget, Dense, ExactFraction, Fixed, Mass, OutputError, Relative, TopK, parse
@@ -140,6 +140,8 @@ def test_selecting_nothing_gives_zero_and_minus_infinity():
         "sample-gap",
         "sample-budget:0.1",
         "topk:20|mass:0.01",
+        "exact:0.01/exact:0.05+recent:8",
+        "topk:3/budget:0.1",
         "exact:0.01|exact:0.2+unread:0+sinks:4",
     ],
 )
@@ -262,3 +264,30 @@ def test_more_error_reads_less(backend):
     case = build_case(6, kv_len=2000, batch=1)
     read = [attend(3 * case.q, case.index(backend), policy=f"error:{e}").stats.bytes_fraction for e in (0.02, 0.1, 0.5)]
     assert read[0] > read[1] > read[2]
+
+
+@backends
+@pytest.mark.parametrize("pair", [("fixed:2", "fixed:-1"), ("topk:3", "budget:0.2")])
+def test_each_kv_head_follows_its_own_policy(backend, pair):
+    case = build_case(8, kv_len=200, num_kv_heads=2, group_size=3)
+    index = case.index(backend)
+    both = attend(case.q, index, policy="/".join(pair), record=True)
+    for part, spec in enumerate(pair):
+        mine, heads = attend(case.q, index, policy=spec, record=True), slice(3 * part, 3 * part + 3)
+        assert torch.equal(both.exact_mask[:, heads], mine.exact_mask[:, heads])
+        torch.testing.assert_close(both.out[:, heads], mine.out[:, heads], rtol=1e-3, atol=1e-4)
+
+
+@backends
+def test_exact_shares_per_kv_head(backend):
+    case = build_case(8, kv_len=208, num_kv_heads=2, group_size=1, batch=1)
+    few, many = exact_count(attend(case.q, case.index(backend), policy="exact:0.05/exact:0.5", record=True))[0].tolist()
+    assert 11 <= few < 30 and 104 <= many < 150
+
+
+def test_policies_per_head_must_divide_the_heads():
+    case = build_case(8, kv_len=64, num_kv_heads=2, group_size=2)
+    with pytest.raises(PolicyError, match="gives 3 policies to 4 heads"):
+        attend(case.q, case.index(), policy="topk:1/topk:2/topk:3")
+    with pytest.raises(PolicyError, match="can't be given to single heads"):
+        parse("mass:0.1/mass:0.2")

@@ -10,6 +10,7 @@ from louver.cli.generate import generate
 from louver.cli.info import info
 from louver.cli.profile import profile
 from louver.cli.report import report
+from louver.cli.tune import tune
 
 app = typer.Typer(
     name="louver",
@@ -24,6 +25,7 @@ app.command()(generate)
 app.command()(capture)
 app.add_typer(experiment, name="experiment")
 app.command()(profile)
+app.command()(tune)
 app.command()(bench)
 app.command()(report)
 

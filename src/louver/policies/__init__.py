@@ -6,6 +6,7 @@ from louver.policies.exact_fraction import ExactFraction
 from louver.policies.fixed import Fixed
 from louver.policies.mass import Mass
 from louver.policies.output_error import OutputError
+from louver.policies.per_head import PerHead
 from louver.policies.relative import Relative
 from louver.policies.sampled import SampleBudget, Sampled, SampleGap, SampleMax, SampleMeanMax, SampleTopK
 from louver.policies.spec import parse
@@ -20,6 +21,7 @@ __all__ = [
     "Fixed",
     "Mass",
     "OutputError",
+    "PerHead",
     "Relative",
     "SampleBudget",
     "SampleGap",

@@ -1,6 +1,7 @@
 """Policy specifications, the same in Python and on the command line: ``name[:argument][+option:value ...]``.
 
-``A|B`` keeps what A or B keeps (quote it in a shell): ``topk:20|mass:0.01+sinks:4``.
+``A|B`` keeps what A or B keeps (quote it in a shell): ``topk:20|mass:0.01+sinks:4``. ``A/B`` is for the heads of a layer in order:
+``exact:0.01/exact:0.05`` gives the first half of the KV heads one policy and the second half another.
 """
 
 import dataclasses
@@ -16,10 +17,11 @@ from louver.policies.exact_fraction import ExactFraction
 from louver.policies.fixed import Fixed
 from louver.policies.mass import Mass
 from louver.policies.output_error import OutputError
+from louver.policies.per_head import PerHead
 from louver.policies.relative import Relative
 from louver.policies.sampled import SampleBudget, SampleGap, SampleMax, SampleMeanMax, SampleTopK
 from louver.policies.topk import TopK
-from louver.policies.union import union
+from louver.policies.union import Union, most
 from louver.protocols import Policy
 
 # name -> (class, the field its argument sets, how the argument is read, what it means)
@@ -76,8 +78,10 @@ def parse(spec: str | Policy) -> Policy:
 
 @lru_cache(maxsize=256)  # every step parses its policy, and policies are frozen
 def _read(spec: str) -> Policy:
-    if "|" in spec:
-        return union([parse(part) for part in spec.split("|")])  # pyright: ignore[reportReturnType] - drops as they do
+    for sign, joined in (("/", PerHead), ("|", Union)):
+        if sign in spec:
+            members = tuple(parse(part) for part in spec.split(sign))
+            return joined(members=members, **most(members))  # pyright: ignore[reportReturnType] - drops as they do
     # A plus sign inside a number (fixed:1e+5) is not a separator.
     head, *options = re.split(r"(?<![0-9.][eE])\+", spec.strip())
     name, _, argument = head.partition(":")

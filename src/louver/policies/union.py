@@ -4,6 +4,7 @@ Each member's threshold promises that nothing above it is lost; the lower of the
 asks for by itself where a member's own last selection, of exactly K keys say, is finer than the histograms' bins.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +27,7 @@ class Union(BasePolicy):
         if len(self.members) < 2:
             raise PolicyError("a union needs two policies, such as 'topk:20|mass:0.01'")
         for member in self.members:
-            if member.spec.split(":")[0] in ("dense", "error", "union"):
+            if member.spec.split(":")[0] in ("dense", "error") or "/" in member.spec:
                 raise PolicyError(f"{member.spec!r} can't be part of a union: it is no threshold to take the lower of")
         if len({member.drops for member in self.members}) > 1:
             raise PolicyError(f"{self.spec!r} joins a policy that drops keys with one that drops nothing")
@@ -72,7 +73,12 @@ class Union(BasePolicy):
         return Cuts(unread=lowest("unread"), fine=lowest("fine"), exact=lowest("exact"))
 
 
-def union(members: list[Policy]) -> Union:
-    """The union of policies, with the most sinks and recent tokens any of them asks for."""
-    sinks, recent = (max(getattr(m, name) for m in members) for name in ("sinks", "recent"))
-    return Union(members=tuple(members), sinks=sinks, recent=recent)
+def most(members: Sequence[Policy]) -> dict[str, int]:
+    """The most sinks and recent tokens any member asks for, as keyword arguments."""
+    return {name: max(getattr(m, name) for m in members) for name in ("sinks", "recent")}
+
+
+def weakest(guarantees: Iterable[Guarantee]) -> Guarantee:
+    """What is true whichever of them applies."""
+    found = set(guarantees)
+    return "none" if "none" in found else "certified" if "certified" in found else "exact"

@@ -1,5 +1,6 @@
 """``attach``: the one call that makes a transformers model decode through Louver."""
 
+import os
 from typing import Any
 
 from torch import nn
@@ -8,10 +9,16 @@ from transformers import PreTrainedConfig
 from louver.integrations.transformers import hook
 from louver.integrations.transformers.cache import LouverCache
 from louver.integrations.transformers.support import check_model, name_of
-from louver.protocols import Policy
+from louver.integrations.transformers.tuning import PolicyChoice, read_tuning
 
 
-def attach(model: nn.Module, policy: str | Policy = "exact:0.01", **options: Any) -> LouverCache:
+def attach(
+    model: nn.Module,
+    policy: PolicyChoice = "exact:0.01",
+    *,
+    tuning: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> LouverCache:
     """Make model attend through Louver and return a cache for it.
 
     The model's weights and code stay as they are; only its attention implementation is set to "louver" (undo with
@@ -19,14 +26,18 @@ def attach(model: nn.Module, policy: str | Policy = "exact:0.01", **options: Any
 
     Args:
         model: a decoder-only model of transformers' (or something that wraps one and passes its attributes on).
-        policy: what a decode step keeps, such as ``exact:0.01`` (results).
+        policy: what a decode step keeps, such as ``exact:0.01`` (results), or one per layer (see LouverCache).
+        tuning: take the policies from this file, which ``louver tune`` wrote, instead.
         **options: passed on to LouverCache, such as ``index="ball"``.
 
     Raises:
         UnsupportedModelError: the model does not do plain softmax attention.
         PolicyError: the policy cannot be read, or needs a sketch and ``index`` is another.
+        InputFileError: there is no such tuning, or it is another model's.
     """
     decoder = check_model(model)
+    if tuning is not None:
+        policy = read_tuning(tuning, decoder.config)
     cache = LouverCache(decoder.config, policy, **options)
     hook.register()
     decoder.set_attn_implementation(_for_text(decoder.config))

@@ -15,6 +15,7 @@ from louver.integrations.transformers import cache_file
 from louver.integrations.transformers.layer import LouverLayer, Observer, Shared
 from louver.integrations.transformers.stats import DecodeStats, Summary
 from louver.integrations.transformers.support import check_config
+from louver.integrations.transformers.tuning import PolicyChoice, choose_policies, read_tuning
 from louver.policies import parse
 from louver.protocols import LayerAttention, Policy
 
@@ -29,7 +30,8 @@ class LouverCache(Cache):
 
     Args:
         config: the model's config.
-        policy: what a decode step keeps, such as ``exact:0.01`` (results). Ignored where ``layer`` is given.
+        policy: what a decode step keeps, such as ``exact:0.01`` (results), or one per layer: ``{"default": "exact:0.005", 3:
+            "exact:0.03"}``, by layer index. Ignored where ``layer`` is given.
         layer: layer_idx -> LayerAttention, to serve the layers in another way, a baseline's say (results).
         observer: called as observer(layer_idx, q, result, layer_attention, softmax_scale) after every decode step of a
             layer. May be set at any time.
@@ -52,7 +54,7 @@ class LouverCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        policy: str | Policy = "exact:0.01",
+        policy: PolicyChoice = "exact:0.01",
         layer: Callable[[int], LayerAttention] | None = None,
         observer: Observer | None = None,
         reserve_tokens: int = 0,
@@ -65,7 +67,9 @@ class LouverCache(Cache):
     ) -> None:
         check_config(config)
         self._config = config
-        self.policy = parse(policy) if layer is None else None
+        default, by_layer = choose_policies(policy, DynamicCache(config=config).layers)
+        self.policy = default if layer is None else None
+        self.layer_policies = by_layer if layer is None else {}
         # transformers itself knows which layer of which model needs which kind of cache; only the plain ones are taken over.
         theirs = DynamicCache(config=config).layers
         served = [type(layer) is DynamicLayer for layer in theirs]
@@ -87,7 +91,21 @@ class LouverCache(Cache):
         )
 
     def _make_attention(self, layer_idx: int) -> LayerAttention:
-        return LouverAttention(self.policy or "dense", **self.options)
+        return LouverAttention(self.layer_policies.get(layer_idx, self.policy or "dense"), **self.options)
+
+    @classmethod
+    def from_tuning(cls, path: str | os.PathLike[str], config: PreTrainedConfig, **options: Any) -> "LouverCache":
+        """A cache with the policies that ``louver tune`` found for a model; ``attach(model, tuning=path)`` does the same.
+
+        Args:
+            path: what ``louver tune`` wrote.
+            config: the model's config.
+            **options: passed on to LouverCache.
+
+        Raises:
+            InputFileError: there is no such file, or it holds no tuning, or that of a model with other layers.
+        """
+        return cls(config, read_tuning(path, config), **options)
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write the tokens and their index to a file, from which ``load`` goes on as if nothing had happened.
@@ -192,7 +210,7 @@ class LouverCache(Cache):
         served, summary, memory = self.served_layers, self.summary(), self.memory()
         tokens = served[0].get_seq_length() if served else 0
         parts = [
-            self.policy.spec if self.policy else "layers of your own",
+            self._policy_text(),
             f"serves {len(served)} of {len(self.layers)} layers",
             f"{tokens:,} tokens",
             f"{_mib(memory['keys_values'] + memory['other_layers'])} + {_mib(memory['index'])} index",
@@ -201,6 +219,12 @@ class LouverCache(Cache):
         if summary.num_steps:
             parts.append(f"decoding reads {summary.bytes_fraction:.1%} of dense bytes")
         return f"LouverCache({', '.join(parts)})"
+
+    def _policy_text(self) -> str:
+        if self.policy is None:
+            return "layers of your own"
+        own = len(self.layer_policies)
+        return self.policy.spec + (f" ({own} layers have their own)" if own else "")
 
 
 def _argument_name() -> str:
