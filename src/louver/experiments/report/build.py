@@ -6,6 +6,7 @@ false-negatives. What is shown is what the files hold; the page's script draws, 
 
 import html
 import json
+import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -65,8 +66,8 @@ def _summary(described: Experiment, files: list[tuple[str, Document]]) -> str:
     finding = described.finding(files[0][1]["rows"])
     cells = (
         f'<a href="#{described.name}">{html.escape(described.name)}</a>',
-        html.escape(described.claim),
-        html.escape(finding),
+        _prose(described.claim),
+        _prose(finding),
     )
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
@@ -75,19 +76,19 @@ def _section(described: Experiment, files: list[tuple[str, Document]], charts: l
     parts = [
         f'<section id="{described.name}"><h2>{html.escape(described.name.replace("-", " ").capitalize())}</h2>',
         f"<p>{html.escape(described.summary)}</p>",
-        f'<p class="claim"><b>The paper.</b> {html.escape(described.claim)}</p>',
+        f'<p class="claim"><b>The paper.</b> {_prose(described.claim)}</p>',
     ]
     for name, document in files:
         parts += [*_run(described, name, document, charts)]
     if described.caveat:
-        parts.append(f'<p class="claim"><b>Mind.</b> {html.escape(described.caveat)}</p>')
+        parts.append(f'<p class="claim"><b>Mind.</b> {_prose(described.caveat)}</p>')
     return "".join([*parts, "</section>"])
 
 
 def _run(described: Experiment, name: str, document: Document, charts: list[dict[str, Any]]) -> Iterator[str]:
     """One file of rows: finding, pictures, table, and where they come from."""
     rows, machine = document["rows"], document["machine"]
-    yield f'<p class="finding"><b>Here.</b> {html.escape(described.finding(rows))}</p>'
+    yield f'<p class="finding"><b>Here.</b> {_prose(described.finding(rows))}</p>'
     table = {"columns": [c.heading for c in described.columns], "cells": described.cells(rows)}
     for chart in described.charts:
         drawn = document.get(chart.of, [])
@@ -140,6 +141,11 @@ def _table(described: Experiment, table: dict[str, Any]) -> str:
         for cells in table["cells"]
     ]
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _prose(text: str) -> str:
+    """Escaped text, with what stands between backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def _asset(name: str) -> str:

@@ -40,10 +40,14 @@ function scale(values, axis, from, to) {
     if (high - low < 0.3) low -= 0.15, high += 0.15;
     const pad = 0.04 * (high - low);
     low -= pad, high += pad;
-    const ticks = [];
-    for (let power = Math.floor(low); power <= Math.ceil(high); power++) for (const m of high - low < 1.6 ? [1, 2, 5] : [1]) {
-      const at = power + Math.log10(m);
-      if (at >= low && at <= high) ticks.push(m * 10 ** power);
+    let ticks = [];
+    for (const steps of [[1], [1, 2, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9]]) {
+      ticks = [];
+      for (let power = Math.floor(low); power <= Math.ceil(high); power++) for (const m of steps) {
+        const at = power + Math.log10(m);
+        if (at >= low && at <= high) ticks.push(m * 10 ** power);
+      }
+      if (ticks.length >= 3) break;
     }
     return { ticks, at: (v) => from + ((Math.log10(v) - low) / (high - low)) * (to - from) };
   }
@@ -92,7 +96,7 @@ function draw(holder, chart) {
   if (!chart.dots) make("text", { x: 14, y: (top + height - bottom) / 2, "text-anchor": "middle",
     transform: `rotate(-90 14 ${(top + height - bottom) / 2})` }, chart.y.label, svg);
   if (chart.mark !== null) make("line", { class: "mark", x1: x.at(chart.mark), x2: x.at(chart.mark), y1: top, y2: height - bottom }, "", svg);
-  const taken = [];
+  const taken = chart.points.map((p) => [x.at(p.x) - 5, y.at(p.y) - 5, x.at(p.x) + 5, y.at(p.y) + 5]);
   series.forEach((name, number) => {
     const color = `var(--s${number % 8})`, mine = chart.points.filter((p) => p.series === name);
     if (chart.kind === "lines") {
@@ -122,7 +126,7 @@ function shape(number, x, y, r) {
 function place(p, x, y, taken, svg, width) {
   // A label goes where no other stands: right of its point, left, above, below; else nowhere (hovering still tells).
   const w = 6.6 * p.label.length, h = 13;
-  for (const [dx, dy] of [[8, 4], [-8 - w, 4], [-w / 2, -9], [-w / 2, 18]]) {
+  for (const [dx, dy] of [[8, 4], [-8 - w, 4], [-w / 2, -9], [-w / 2, 18], [6, -9], [6, 18], [-w / 2, -24], [-w / 2, 33]]) {
     const box = [x + dx, y + dy - h, x + dx + w, y + dy];
     if (box[0] < 60 || box[2] > width) continue;
     if (taken.some((o) => box[0] < o[2] && box[2] > o[0] && box[1] < o[3] && box[3] > o[1])) continue;
