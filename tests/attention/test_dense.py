@@ -83,3 +83,20 @@ def test_a_row_without_tokens_gives_zeros(kv_len, dtype):
     empty = [0] if kv_len else [0, 1]
     assert (result.out[empty] == 0).all() and torch.isneginf(result.lse[empty]).all()
     assert torch.isfinite(result.out).all()
+
+
+@pytest.mark.parametrize("kv_start", [None, [0, 3, 16]])
+def test_a_step_asks_the_device_nothing_it_was_told_before(kv_start, monkeypatch):
+    """On a GPU, each such question would make the host wait for everything before it."""
+    keys, values = torch.randn(2, 3, 2, 17, 64)
+    q = torch.randn(3, 2, 64)
+    start = None if kv_start is None else torch.tensor(kv_start, dtype=torch.int32)
+    attention = DenseAttention()
+    attention.append(keys, values)
+    attention.attend(q, 0.125, start)
+    attention.append(keys[:, :, :1], values[:, :, :1])
+    asked = []
+    monkeypatch.setattr("louver.attention.dense.check_query", lambda *_: None)  # looks at every query, by contract
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda x: asked.append(x) or x.item())
+    attention.attend(q, 0.125, start)
+    assert not asked

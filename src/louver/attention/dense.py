@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from louver.attention.arithmetic import attention_arithmetic
 from louver.attention.on_store import OnStore
 from louver.kernels.reference.product import true_float32
+from louver.kv.device import DeviceStore
 from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, group_heads
 from louver.sketch.accounting import plain_byte_weights
@@ -57,7 +58,10 @@ def attend_everything(
     """Dense attention of q [batch, num_q_heads, head_dim] over every valid token of a store."""
     keys = store.keys
     kv_len = keys.shape[2]
-    padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
+    if isinstance(store, DeviceStore):
+        padded = store.has_padding
+    else:
+        padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
     length = store.kv_len - store.kv_start
     with true_float32(q.device):

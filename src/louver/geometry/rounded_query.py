@@ -1,21 +1,16 @@
-"""Rounding of an estimate whose query was rounded to float16 and summed on tensor cores; continues geometry/rounding.py.
+"""Rounding of an estimate whose query was rounded to float16 and summed on tensor cores: docs/guarantee.md, 4.8.
 
-With s a block's frame scale and p = fp16(q s), a kernel computes
+With s a block's frame scale and p = fp16(q s), a kernel computes, for codes in 0..15,
 
-    estimate = q . center - 8 sum(p) + sum(code p),    code in 0..15,    sketched score = q . center + sum((code - 8) q s).
+    estimate = q . center - 8 sum(p) + sum(code p),    sketched score = q . center + sum((code - 8) q s).
 
-Per channel |p - q s| <= (2^-11 + 2^-23) |q s| + 2^-25 (the product in float32, then float16, subnormals included), and |code - 8| <= 8.
-Products code p are exact in float32; their sum on a tensor core is off by at most gamma(D + 2, TENSOR_UNIT) 15 |p|_1 (23: 8 sum(p) may be
-summed there too). The other two
-sums have 2 D + 4 float32 terms: gamma(2 D + 4) (|q center|_1 + 8 |p|_1), and three additions join the parts. Where p overflows the
-estimate is not finite, and the key is exact.
+Where p overflows the estimate is not finite, and the key is exact.
 """
 
 from louver.geometry.rounding import ABSOLUTE, SAFETY, UNIT, gamma
 
-TENSOR_UNIT = (
-    2.0**-22
-)  # assumed of a tensor core's float32 accumulation, which no vendor publishes; the gpu tests probe it
+# Assumed of a tensor core's float32 accumulation, which no vendor publishes; the gpu tests probe it.
+TENSOR_UNIT = 2.0**-22
 
 
 def rounded_query_slack(head_dim: int) -> tuple[float, float, float]:

@@ -16,7 +16,7 @@ from louver.geometry.metric import query_weight
 from louver.index.results import Selection
 from louver.kernels import get_ops, resolve_backend
 from louver.kernels.ops import Bounds
-from louver.kv.device import DeviceStore
+from louver.kv.device import DeviceStore, version
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau
 from louver.sketch.accounting import key_block_bytes
@@ -107,11 +107,11 @@ class SketchIndex:
         if bool((end == keys.shape[2]).all()):
             starts = start.tolist()
             blocks = [(keys.shape[2] - s) // self.config.frame_len for s in starts]
-            self._settled = (start, _version(start), starts, blocks)
+            self._settled = (start, version(start), starts, blocks)
 
     def _nothing_filled(self, start: Tensor, tokens: int) -> bool:
         """Whether the host alone can tell that no block filled since the last refresh: then nobody waits for a GPU."""
-        if self._settled is None or self._settled[0] is not start or self._settled[1] != _version(start):
+        if self._settled is None or self._settled[0] is not start or self._settled[1] != version(start):
             return False
         frame_len = self.config.frame_len
         return all((tokens - s) // frame_len == b for s, b in zip(*self._settled[2:], strict=True))
@@ -263,7 +263,3 @@ class SketchIndex:
         self.sketch = Sketch(config=self.config, head_dim=self.store.keys.shape[3], **held)
         self.backend = resolve_backend(self._asked_backend, self.store.keys.device)
         self._settled = None
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version

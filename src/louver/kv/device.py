@@ -41,6 +41,7 @@ class DeviceStore:
         self._kv_len: Tensor | None = None
         self._len = 0  # tokens held by the longest row: the length of the views
         self._ragged = False  # rows end at different positions
+        self._padding_known: tuple[Tensor, int, bool] | None = None  # of which kv_start the host knows whether it pads
         self._borrowed = False  # the buffers are somebody else's tensors
 
     @classmethod
@@ -102,6 +103,14 @@ class DeviceStore:
         self._kv_start = _per_row(kv_start, self.keys)
 
     @property
+    def has_padding(self) -> bool:
+        """Whether some position of the views belongs to no row. Asks the device once, not at every step."""
+        start, known = self.kv_start, self._padding_known
+        if known is None or known[0] is not start or known[1] != version(start):
+            known = self._padding_known = (start, version(start), bool(start.any()))
+        return known[2] or self._ragged
+
+    @property
     def kv_len(self) -> PerRow:
         """The end of each row, int32 [batch]."""
         return _NO_ROWS if self._kv_len is None else self._kv_len
@@ -129,6 +138,7 @@ class DeviceStore:
             self._keys = self._buffer(keys, capacity)
             self._values = None if values is None else self._buffer(values, capacity)
             self._kv_start = _per_row(0, keys)
+            self._padding_known = (self._kv_start, version(self._kv_start), False)
         self._check_fits(keys, values)
         end = self._len + new_len
         if end > self.capacity or self._borrowed:
@@ -230,6 +240,11 @@ def _rounded(tokens: int) -> int:
 
 def _grown(tokens: int) -> int:
     return _rounded(tokens + tokens // 4)
+
+
+def version(x: Tensor) -> int:
+    """Changes whenever x is written to; tensors of inference mode don't count."""
+    return 0 if x.is_inference() else x._version
 
 
 def _per_row(value: Tensor | int, like: Tensor) -> Tensor:

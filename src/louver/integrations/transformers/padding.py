@@ -68,7 +68,10 @@ class PaddingReader:
         if mask is None:
             return NO_PADDING
         if mask is not self._mask:
-            self._mask, self._padding, self._causal = mask, read_padding(mask), None
+            padding = read_padding(mask)
+            if padding is not None and self._padding is not None and padding.counts == self._padding.counts:
+                padding = self._padding  # the same tensor as before: what was learned of it on the host still holds
+            self._mask, self._padding, self._causal = mask, padding, None
         return self._padding
 
     def is_causal(self, mask: Tensor | None) -> bool:
