@@ -53,8 +53,9 @@ def test_the_recording_holds_the_strongest_tokens(outcome):
     assert len(recording["texts"]) == 202 + 6 - 1 and recording["first_step"] == 201
     for step, layers in enumerate(recording["steps"]):
         (frame,) = layers.values()
-        assert max(frame["tokens"]) <= recording["first_step"] + step
-        assert frame["weights"] == sorted(frame["weights"], reverse=True) and sum(frame["weights"]) <= 1.001
+        tokens, weights = ([float(x) for x in frame[name].split()] for name in ("tokens", "weights"))
+        assert max(tokens) <= recording["first_step"] + step and len(tokens) == len(weights) == 40
+        assert weights == sorted(weights, reverse=True) and sum(weights) <= 1.001
         assert frame["exact"] == 1 and frame["unread"] == 0
 
 

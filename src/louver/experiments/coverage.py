@@ -72,8 +72,10 @@ class Watcher:
             best = weights.mean(0).topk(min(SHOWN_TOKENS, weights.shape[1]))
             stats = result.stats
             self.frames[-1][layer_idx] = {
-                "tokens": best.indices.tolist(),
-                "weights": [round(float(w), 5) for w in best.values],
+                "tokens": " ".join(
+                    str(i) for i in best.indices.tolist()
+                ),  # lists would take a line a number in the file
+                "weights": " ".join(f"{w:.4g}" for w in best.values.tolist()),
                 "exact": round(stats.fraction("exact"), 4),
                 "sketched": round(stats.fraction("coarse"), 4),
                 "unread": round(stats.fraction("unread"), 4),

@@ -141,6 +141,8 @@ document.querySelectorAll(".chart").forEach((holder) => draw(holder, data.charts
 function player(recording) {
   const slider = document.getElementById("step"), text = document.getElementById("text");
   const layers = Object.keys(recording.steps[0]);
+  for (const frames of recording.steps) for (const frame of Object.values(frames))
+    for (const name of ["tokens", "weights"]) frame[name] = frame[name].split(" ").map(Number);
   let layer = layers[Math.floor(layers.length / 2)], lit = [], timer = null;
   document.getElementById("policy").textContent = recording.policy;
   slider.max = recording.steps.length - 1;
@@ -192,7 +194,7 @@ function player(recording) {
       button.setAttribute("aria-checked", layers[i] === layer);
       button.querySelector(".exact").style.width = 100 * frame.exact + "%";
       button.querySelector(".sketched").style.width = 100 * frame.sketched + "%";
-      button.querySelector("small").textContent = `${written(frame.unread, { share: true })} unread · ${written(frame.bytes, { share: true })} bytes`;
+      button.querySelector("small").textContent = `${Math.round(100 * frame.unread)}% unread · ${Math.round(100 * frame.bytes)}% bytes`;
     });
     const before = recording.texts.slice(recording.first_step + 1, now + 1), output = document.getElementById("written");
     output.textContent = before.slice(-60, -1).join("");
