@@ -25,6 +25,33 @@ class Table:
 
 
 TABLES = {
+    "policies": Table(
+        file="policies.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("selected", "selected_fraction", ".2%"),
+            ("CV", "selected_cv", ".2f"),
+            ("CV, seeds", "selected_cv_over_seeds", ".2f"),
+            ("mean error", "output_error", ".2%"),
+            ("bound", "output_error_bound_median", ".2g"),
+            ("mass dropped", "dropped_mass", ".2%"),
+            ("bound on it", "dropped_mass_bound", ".2%"),
+            ("violated", "num_bound_violations", ""),
+            ("missed", "num_asked_violations", ""),
+            ("guarantee", "guarantee", ""),
+        ),
+    ),
+    "policies-curve": Table(
+        file="policies_curve.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("mean error", "output_error", ".2%"),
+            ("p99", "output_error_p99", ".2%"),
+            ("bounds violated", "num_bound_violations", ""),
+        ),
+    ),
     "demo": Table(
         file="demo.json",
         columns=(
@@ -109,7 +136,7 @@ def render(table: Table) -> str:
 
 def cell(value: object, spec: str) -> str:
     """One cell; a figure that a row does not have is a dash."""
-    return "–" if value is None else format(value, spec)
+    return "–" if value is None else format(value, spec).replace("|", "\\|")  # a bar would end the cell
 
 
 def main() -> int:
