@@ -138,7 +138,13 @@ class PerKey:
         return planes
 
     def _basis(self, queries: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """A and its inverse, so that q . k = (q A^-1) . (A k), balanced for the queries: A = E[q q^T]^(1/4)."""
+        """A and its inverse, so that q . k = (q A^-1) . (A k): A = E[q q^T]^(1/8).
+
+        The power 1/4 would balance |q A^-1| against residuals that A leaves alone. A scale per key follows the key's largest
+        channel, which A stretches where queries are long, and keys are long there too: half the power balances those
+        (measured at k = 1%: 3.6% scanned; 5.0% with 1/4, 3.7% with the identity or with the exact balance, the geometric
+        mean of E[q q^T] and the inverse of E[k k^T]).
+        """
         q = queries.double().unflatten(0, (heads, -1)).flatten(1, 2)
         dims = q.shape[2]
         if self.metric == "identity":
@@ -149,7 +155,7 @@ class PerKey:
             cov = torch.diag_embed(cov.diagonal(dim1=-2, dim2=-1))
         floor = 1e-3 * cov.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
         values, vectors = torch.linalg.eigh(cov + floor * torch.eye(dims, dtype=torch.float64))
-        return tuple((vectors * values[:, None] ** p) @ vectors.mT for p in (0.25, -0.25))
+        return tuple((vectors * values[:, None] ** p) @ vectors.mT for p in (0.125, -0.125))
 
 
 @dataclass(frozen=True, kw_only=True)
