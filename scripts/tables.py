@@ -1,6 +1,7 @@
 """Write the tables of README.md and docs/ from stored rows, so that no figure in them is typed by hand.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; TABLES says which rows and columns it shows.
+A table named in benchmarks/expected.json puts rows beside the figures expected of them (scripts/expected.py).
 Usage: python scripts/tables.py [--check]   (--check changes nothing and fails where a table is out of date)
 """
 
@@ -9,6 +10,8 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from expected import comparison
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -120,6 +123,55 @@ TABLES = {
             ("index / cache", "index_memory_fraction", ".1%"),
         ),
     ),
+    "oracle-and": Table(
+        file="pruning_slicing.json",
+        columns=(
+            ("slices", "slicing", ""),
+            ("true top that sets the thresholds", "target_fraction", ".2%"),
+            ("scanned by the oracle AND", "scanned_fraction", ".1%"),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("keys whose slices all pass", "joint_pass_fraction", ".2%"),
+            ("product of the slices' pass rates", "product_pass_fraction", ".2%"),
+        ),
+        where={"rule": "oracle-and"},
+    ),
+    "metric-power": Table(
+        file="pruning_codecs.json",
+        columns=(
+            ("code", "codec", ""),
+            ("metric", "metric", ""),
+            ("keys wanted", "target_fraction", ".2%"),
+            ("scanned", "scanned_fraction", ".1%"),
+            ("bytes read", "bytes_fraction", ".3f"),
+        ),
+        where={"planes": 1, "metric": "full"},
+    ),
+    "sum": Table(
+        file="pruning_slicing.json",
+        columns=(
+            ("slices", "slicing", ""),
+            ("keys wanted", "target_fraction", ".2%"),
+            ("scanned by SUM", "scanned_fraction", ".1%"),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("keys lost", "num_false_negatives", ""),
+        ),
+        where={"rule": "sum"},
+    ),
+    "ball": Table(
+        file="demo_ball.json",
+        columns=(
+            ("index", "index", ""),
+            ("policy", "policy", ""),
+            ("prompt", "kv_len", ","),
+            ("bytes read", "bytes_fraction", ".1%"),
+            ("keys scanned", "scanned_fraction", ".1%"),
+            ("tokens equal to dense", "num_equal_tokens", ""),
+            ("to the flat index", "num_equal_tokens_flat", ""),
+            ("mean output error", "output_error", ".2%"),
+            ("recall", "recall", ""),
+            ("bounds violated", "num_bound_violations", ""),
+        ),
+    ),
 }
 
 
@@ -134,6 +186,11 @@ def render(table: Table) -> str:
     return "\n".join([*lines, "", f"({source})", ""])
 
 
+def written(name: str) -> str:
+    """The table of that name."""
+    return render(TABLES[name]) if name in TABLES else comparison(name)
+
+
 def cell(value: object, spec: str) -> str:
     """One cell; a figure that a row does not have is a dash."""
     return "–" if value is None else format(value, spec).replace("|", "\\|")  # a bar would end the cell
@@ -146,7 +203,7 @@ def main() -> int:
     stale = [] if is_fresh("--check" in sys.argv) else [f"claims of {PAGE.name}"]
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
-        fresh = BLOCK.sub(lambda found: found[1] + render(TABLES[found[2]]) + found[4], text)
+        fresh = BLOCK.sub(lambda found: found[1] + written(found[2]) + found[4], text)
         if fresh != text:
             stale.append(path.name)
             if "--check" not in sys.argv:

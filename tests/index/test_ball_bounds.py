@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from helpers import assert_nothing_lost, build_case, some_taus, true_scores
 from louver.experiments.pruning_methods import _sound_cuts
-from louver.geometry.subspaces import ROTATION_ERROR
+from louver.geometry.subspaces import ROTATION_ERROR, subspaces
 from louver.index import BallConfig, BallIndex
 from louver.kv import DeviceStore
 from strategies import cases, seeds
@@ -195,16 +195,28 @@ def test_what_is_folded_in_later_is_bounded_too(options, first, then, seed):
 
 @given(seed=seeds())
 def test_a_rotation_costs_what_it_says(seed):
-    """The slack of a rotated index holds the error of rotating, relative to |q| |k|, on top of everything else."""
-    case = build_case(seed, kv_len=64, batch=1)
-    index = BallIndex.build(case.keys, slicing="rotated", subspaces=1, buffer_len=8)
-    _, bounds = next(index.row_bounds(case.q))
-    q, longest = case.q.double().norm(dim=-1), case.keys.double().norm(dim=-1).amax(-1)
-    asked = ROTATION_ERROR * q.unflatten(1, (2, -1))[0] * longest[0, :, None]
-    assert (bounds.total_slack >= asked).all() and (bounds.slack[:, 0] >= asked).all()
-    turned = index.split.split(case.q).flatten(-2).double()
-    exact = case.q.double() @ index.split.rotation.mT
-    assert ((turned - exact).norm(dim=-1) <= ROTATION_ERROR / 4 * q).all()
+    """Query and keys that a rotation sends to different slices: all that is left of their scores is the error of rotating.
+
+    No slice's own rounding is large enough to hide it.
+    """
+    rotation = subspaces(64, 8, "rotated").rotation
+    generator = torch.Generator().manual_seed(seed)
+
+    def within(channels, *shape):
+        x = torch.zeros(*shape, 64, dtype=torch.float64)
+        x[..., channels] = torch.randn(*shape, 8, generator=generator, dtype=torch.float64)
+        return (x @ rotation).float()
+
+    q, keys = within(slice(0, 8), 1, 2), within(slice(8, 16), 1, 1, 64)
+    index = BallIndex.build(keys, slicing="rotated", subspaces=8, center="key", group_len=1, buffer_len=8)
+    scores = q.double() @ keys[0].double().mT
+    for i in range(64):
+        assert index.candidates(q, below(scores[..., i]), "sum")[..., i].all()
+    _, bounds = next(index.row_bounds(q))
+    asked = ROTATION_ERROR * q.double().norm(dim=-1) * keys.double().norm(dim=-1).max()
+    assert (bounds.total_slack >= asked).all() and (bounds.slack >= asked).all()
+    turned = index.split.split(q).flatten(-2).double()
+    assert ((turned - q.double() @ rotation.mT).norm(dim=-1) <= ROTATION_ERROR / 4 * q.double().norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("size", [1e30, 3e38])
