@@ -48,9 +48,9 @@ def report(found: Profile, shown: str) -> Group:
     """A line per layer, a line per policy, and what to do. Heads are in the picture and the JSON file."""
     measured = "bytes_fraction_measured" in found.rows_per_layer[0]
     layers = Table(title=f"{facts(found.rows[0])}: layers under {shown}", title_justify="left", box=None)
-    figures = ("keys for 90%", "keys for 99%", "bytes / dense", *(["measured"] if measured else []))
-    for name in ("layer", *figures, "speed-up", "mean error", "worst head", "use"):
-        layers.add_column(name, justify="right")
+    figures = ("for 90%", "for 99%", "bytes", *(["measured"] if measured else []))
+    for name in ("layer", *figures, "speed", "error", "worst", "use"):
+        layers.add_column(name, justify="right", no_wrap=True)
     for row in found.rows_per_layer:
         worst = max(h["output_error"] for h in found.rows_per_head if h["layer"] == row["layer"])
         layers.add_row(
@@ -64,6 +64,8 @@ def report(found: Profile, shown: str) -> Group:
             f"{worst:.2%}",
             row["recommended_policy"],
         )
+    said = "Keys that hold 90 and 99% of the mass; bytes over dense, predicted and measured; the worst head's error"
+    layers.caption, layers.caption_justify = said, "left"
     policies = Table(title="\nPredicted from bytes", title_justify="left", box=None)
     policies.add_column("policy")
     for name in ("bytes / dense", "mean error", "attention", "whole step", "index memory"):
