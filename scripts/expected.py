@@ -56,8 +56,8 @@ def comparison(name: str) -> str:
                 cells.append("–")
         mark = ""
         if "why" in line:
-            notes.append(line["why"])
-            mark = f" ({len(notes)})"
+            notes += [] if line["why"] in notes else [line["why"]]
+            mark = f" ({notes.index(line['why']) + 1})"
         lines.append(f"| {line['name']}{mark} | " + " | ".join(cells) + " |")
         files[line["file"]] = json.loads((ROOT / "results" / line["file"]).read_text(encoding="utf-8"))["machine"]
     lines += [""] + [f"({number}) {why}" for number, why in enumerate(notes, 1)]

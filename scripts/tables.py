@@ -136,7 +136,7 @@ TABLES = {
         where={"rule": "oracle-and"},
     ),
     "metric-power": Table(
-        file="pruning_codecs.json",
+        file="pruning_metric.json",
         columns=(
             ("code", "codec", ""),
             ("metric", "metric", ""),
