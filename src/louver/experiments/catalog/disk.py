@@ -11,7 +11,8 @@ def finding(rows: Sequence[Row]) -> str:
     """How small the process stays beside its cache."""
     return " ".join(
         f"With {row['disk_bytes'] / 1e9:.1f} GB of {row['dtype']} cache on disk and {row['policy']}, the process's own memory is "
-        f"{row['rss_anon_bytes'] / 1e9:.2f} GB, {row['rss_anon_fraction']:.1%} of it, most of that the sketch."
+        f"{row['rss_anon_bytes'] / 1e9:.2f} GB, {row['rss_anon_fraction']:.1%} of it: the sketch's "
+        f"{row['index_memory_fraction'] * row['disk_bytes'] / 1e9:.2f} GB, and torch."
         for row in rows
     )
 
