@@ -27,7 +27,7 @@ def rows():
 
 def test_rows_of_the_cpu(rows):
     by = {(row["index"], row["policy"], row["store"]): row for row in rows}
-    whole = 2 * 2 * 2000 * 64 * 2
+    whole = 2 * 2 * 2000 * 64 * 4
     streamed = by["none", "dense", "streamed"]
     assert streamed["moved_bytes"] == whole and streamed["speedup_vs_streamed"] == 1.0
     for store in ("host", "disk"):
@@ -54,7 +54,9 @@ def test_evidence_sees_a_lost_key():
     layer.record = True
     result = layer.attend(data.q, 0.125)
     assert evidence(data, result)["recall"] == 1.0
-    assert moved_bytes(result.stats) >= 2 * 2 * 64 * 2 * (600 % 128)  # the open block of both KV heads, at least
+    assert moved_bytes(result.stats, torch.float16) >= 2 * 2 * 64 * 2 * (
+        600 % 128
+    )  # the open block of both KV heads, at least
     best = (data.q[0, 0] @ data.keys[0, 0].T).argmax()
     result.exact_mask[0, 0, best] = False
     found = evidence(data, result)

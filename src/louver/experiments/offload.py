@@ -22,7 +22,7 @@ from louver.errors import InputFileError, PolicyError
 from louver.experiments import offload_cpu, offload_gpu
 from louver.experiments.baselines.ann import KINDS, AnnIndex, AnnOptions
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
-from louver.experiments.offload_rows import facts
+from louver.experiments.offload_rows import cache_bytes, facts
 from louver.experiments.synthetic import Synthetic, heavy_tailed
 from louver.policies import parse
 from louver.shapes import group_heads
@@ -70,7 +70,7 @@ def run(config: Config, on_progress: Progress = no_progress) -> Outcome:
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=torch.float16,
+            dtype=torch.float16 if cuda else torch.float32,  # as models have it there
             seed=config.seed,
             device="cuda" if cuda else "cpu",
         )
@@ -95,7 +95,7 @@ def _approximate(config: Config, data: Synthetic) -> Iterator[dict[str, Any]]:
             ids = _timed(lambda index=index, head=head: index.search(q[head], wanted), config.repetitions, times)
             true = (q[head].double() @ keys[head].double().mT).topk(wanted).indices
             found += sum(int(torch.isin(t, i).sum()) for t, i in zip(true, ids, strict=True))
-            moved += ids[ids >= 0].unique().numel() * 4 * keys.shape[2]
+            moved += ids[ids >= 0].unique().numel() * 2 * data.keys.element_size() * keys.shape[2]
             held += index.memory_bytes()
         total = heads * q.shape[1] * wanted
         scale = data.keys.shape[1] / heads
@@ -103,7 +103,7 @@ def _approximate(config: Config, data: Synthetic) -> Iterator[dict[str, Any]]:
             "lookup_us": scale * sum(times),
             "lookup_device": "cpu",
             "moved_bytes": round(scale * moved),
-            "moved_fraction": scale * moved / (2 * data.keys.numel() * 2),
+            "moved_fraction": scale * moved / cache_bytes(data),
             "gpu_bytes": 0,
             "gpu_fraction": 0.0,
             "index_memory_fraction": held / (4 * keys.numel()),

@@ -94,7 +94,7 @@ def measure(data: Synthetic, policies: tuple[str, ...], repetitions: int) -> Ite
         layer.record = True
         result = layer.attend(data.q, scale)
         layer.record = False
-        moved = moved_bytes(result.stats) if store == "host" else 0
+        moved = moved_bytes(result.stats, data.keys.dtype) if store == "host" else 0
         guarantee = "exact" if parse(spec).drops else "certified"
         row = facts(data, index="sketch", policy=spec, store=store, guarantee=guarantee) | times[name] | parts
         row |= against(times[name]["latency_us"]) | {

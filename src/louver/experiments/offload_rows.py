@@ -28,9 +28,9 @@ def facts(data: Synthetic, *, index: str, policy: str, store: str, guarantee: Gu
     }
 
 
-def moved_bytes(stats: StepStats) -> int:
-    """Bytes of exact keys and values that a step asks the store for."""
-    row = 2 * stats.head_dim
+def moved_bytes(stats: StepStats, dtype: torch.dtype) -> int:
+    """Bytes of exact keys and values, of a dtype, that a step asks the store for."""
+    row = dtype.itemsize * stats.head_dim
     return row * int((stats.num_scanned + stats.num_exact).sum())
 
 
