@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from louver.errors import InputFileError, PolicyError
-from louver.experiments.tuning import Config, run
+from louver.experiments.tuning import Config, perplexity, run
 
 
 class Letters:
@@ -42,6 +42,7 @@ def test_the_target_is_met_at_no_more_bytes(text, loaded):
     assert alike[0]["kl_nats"] > 1e-3, "nothing was at stake"
     assert chosen["bytes_fraction"] <= alike[-1]["bytes_fraction"]
     assert set(found.policies) - {"default"} <= {"0", "1", "2"} and found.num_layers == 3
+    assert chosen["perplexity"] == pytest.approx(chosen["perplexity_dense"], rel=0.1)
     assert {"layer 0 alone cheaper", "layer 2 alone cheaper"} <= {row["stage"] for row in found.rows}
 
 
@@ -53,6 +54,13 @@ def test_a_loose_target_takes_the_cheapest(text, loaded):
 def test_a_target_out_of_reach_is_said(text, loaded):
     with pytest.raises(PolicyError, match="no policy of topk:1 meets kl"):
         tune(text, loaded, target_error=1e-12, ladder=("topk:1",))
+
+
+def test_perplexity_by_hand():
+    even = torch.zeros(4, 10)
+    assert perplexity(even, torch.tensor([1, 2, 3, 4])) == pytest.approx(10)
+    sure = torch.nn.functional.one_hot(torch.tensor([2, 3, 4, 0]), 10) * 50.0
+    assert perplexity(sure, torch.tensor([1, 2, 3, 4])) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(

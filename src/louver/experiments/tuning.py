@@ -118,6 +118,14 @@ def _search(config: Config, rungs: list[Policy], judge: "_Judge", on_progress: P
     return Tuning(policies=policies, rows=judge.rows, num_layers=judge.num_layers)
 
 
+def perplexity(logits: Tensor, ids: Tensor) -> float:
+    """e to the mean surprise, in nats, of each token of ids [n] after those before it; logits [n, vocab] are those after each."""
+    if len(ids) < 2:
+        return float("nan")
+    surprise = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[1:].to(logits.device))
+    return surprise.exp().item()
+
+
 class _Judge:
     """Measures a choice of policies on the held-out tokens; keeps a row for each."""
 
@@ -161,6 +169,8 @@ class _Judge:
                 "kl_nats": kl.mean().item(),
                 "kl_nats_p99": kl.quantile(0.99).item(),
                 "top1_agreement": 1 - differs,
+                "perplexity": perplexity(logits, self._held_out[0]),
+                "perplexity_dense": perplexity(self._dense, self._held_out[0]),
                 "bytes_fraction": summary.bytes_fraction,
                 "num_steps": len(kl),
             }
