@@ -61,6 +61,7 @@ class SketchPages:
         )
         row = {name: x[:1].clone() for name, x in pool.tensors() if name not in PER_BLOCK}
         self._pool = replace(pool, **row)
+        self._per_row = [pool.query_weight[:0], pool.value_mean[:0]]  # repeated for the rows of the last step
         self._fresh = torch.zeros(num_pages, dtype=torch.bool, device=device)
         self._has_mean = False
         self.num_encoded = 0  # pages, each time one was
@@ -91,7 +92,9 @@ class SketchPages:
     def rows(self, pages: Int[Tensor, "batch table_width"], num_blocks: PerRow) -> Sketch:
         """The sketch of rows that find their blocks in these pages (int32); the first num_blocks of each must be current."""
         pool, batch = self._pool, len(num_blocks)
-        weight, mean = (x.expand(batch, -1, -1).contiguous() for x in (pool.query_weight, pool.value_mean))
+        if len(self._per_row[0]) != batch:
+            self._per_row = [x.expand(batch, -1, -1).contiguous() for x in (pool.query_weight, pool.value_mean)]
+        weight, mean = self._per_row
         return replace(pool, num_blocks=num_blocks, query_weight=weight, value_mean=mean, pages=pages)
 
     def memory_bytes(self) -> int:
@@ -103,6 +106,7 @@ class SketchPages:
         mean = clean.mean((0, 2)).clamp(-1e30, 1e30)
         self._pool.value_mean[0, :, : mean.shape[-1]] = mean
         self._has_mean = True
+        self._per_row = [x[:0] for x in self._per_row]
 
     def _encode(self, pages: Tensor, keys: Cache, values: Cache) -> None:
         pool, count = self._pool, len(pages)

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
 from louver.errors import UnsupportedModelError
 from louver.integrations.vllm.decode import LouverBuilder, LouverImpl, wanted
+from louver.integrations.vllm.support import check_engine
 
 
 class LouverCPUImpl(LouverImpl, CPUAttentionBackendImpl):
@@ -51,7 +52,7 @@ class RefusedCPUMLABackend(CPUMLABackend):
     @staticmethod
     def get_impl_cls() -> Any:
         """The stock implementation, unless the engine asks for Louver."""
-        wanted()  # raises
+        refuse()
         return CPUMLABackend.get_impl_cls()
 
 
@@ -61,8 +62,14 @@ class RefusedAMXMLABackend(AMXMLABackend):
     @staticmethod
     def get_impl_cls() -> Any:
         """The stock implementation, unless the engine asks for Louver."""
-        wanted()  # raises
+        refuse()
         return AMXMLABackend.get_impl_cls()
+
+
+def refuse() -> None:
+    """Raise an UnsupportedModelError if the engine that is being built, whose model has no keys to read, asks for Louver."""
+    if wanted():
+        check_engine(kv_connector=False, decode_context_parallel=1, cache_dtype="auto", mla=True)
 
 
 def planes(kv_cache: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from louver.attention import PagedAttention, PagedRows
 from louver.integrations.vllm.audit import audit
@@ -63,7 +64,9 @@ class LouverBuilder:
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)  # pyright: ignore[reportCallIssue]
-        self.louver = asked_settings(vllm_config)
+        # Layers with a sliding window have groups, and pages, of their own; vLLM serves them.
+        full = isinstance(kv_cache_spec, FullAttentionSpec)
+        self.louver = asked_settings(vllm_config) if full else None
         self._page_len = kv_cache_spec.block_size
         if self.louver is not None:
             frame_len_for(self._page_len, self.louver.frame_len)
@@ -129,6 +132,7 @@ class LouverImpl:
         config = get_current_vllm_config_or_none()
         self._settings = asked_settings(config)
         self._paged: PagedAttention | None = None
+        self._cache: tuple[int, torch.Size] | None = None  # the one that _paged is about
         reasons = left_to_vllm(
             sliding_window=stock.sliding_window not in (None, -1, (-1, -1)),
             attn_type=stock.attn_type,
@@ -185,7 +189,9 @@ class LouverImpl:
         stock: Any = self
         assert self._settings is not None
         keys, values = self.keys_and_values(layer, kv_cache)
-        paged = self._paged or self._start(keys, kv_cache)
+        paged = self._paged
+        if paged is None or self._cache != (kv_cache.data_ptr(), kv_cache.shape):
+            paged = self._start(keys, kv_cache)
         q = q.view(q.shape[0], stock.num_heads, stock.head_size)
         encoded = paged.pages.num_encoded
         result = paged.attend(q, keys, values, rows, stock.scale, record=self._settings.audit)
@@ -196,9 +202,10 @@ class LouverImpl:
             audit(totals, result, q, keys, values, rows, stock.scale)
 
     def _start(self, keys: Tensor, kv_cache: Tensor) -> PagedAttention:
-        """Allocate the sketches, once the engine has allocated its pages. Every page is stale until it is asked for."""
+        """Allocate the sketches of pages the engine has allocated. Every page is stale until it is asked for."""
         settings = self._settings
         assert settings is not None
+        self._cache = kv_cache.data_ptr(), kv_cache.shape
         num_pages, num_kv_heads, page_len, head_dim = keys.shape
         config = SketchConfig(frame_len=frame_len_for(page_len, settings.frame_len))
         self._paged = PagedAttention(

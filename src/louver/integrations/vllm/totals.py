@@ -47,6 +47,11 @@ class Totals:
             drops=like.drops,
         )
 
+    def clear(self) -> None:
+        """Count from zero again; the memory held stays."""
+        held = {name: getattr(self, name) for name in ("num_pages", "memory_bytes", "cache_bytes")}
+        self.__dict__.update(Totals(**held).__dict__)
+
     def line(self) -> str:
         """One line for a log."""
         stats = self.stats
