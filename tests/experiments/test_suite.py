@@ -15,8 +15,8 @@ from louver.experiments.suite import Config, command_line, run, settings_of
 def test_rows_and_commands(tmp_path):
     said = []
     config = Config(out=tmp_path, only=("precision", "geometry"))
-    paths = run(config, say=said.append, loaded=(tiny_models.llama(max_position_embeddings=8192), Words()))
-    assert [path.name for path in paths] == ["geometry.json", "precision.json"]
+    paths, failed = run(config, say=said.append, loaded=(tiny_models.llama(max_position_embeddings=8192), Words()))
+    assert [path.name for path in paths] == ["geometry.json", "precision.json"] and not failed
     assert (tmp_path / "capture.safetensors").exists()
     for path in paths:
         document = read_rows(path)
@@ -26,6 +26,19 @@ def test_rows_and_commands(tmp_path):
             == f"louver experiment {path.stem} --capture {tmp_path}/capture.safetensors"
         )
         assert document["machine"]["command"] in said
+
+
+def test_an_experiment_that_cannot_run_does_not_stop_the_others(tmp_path):
+    model = tiny_models.llama(max_position_embeddings=8192)
+
+    class ShortText(Words):
+        def __call__(self, text, **options):
+            return super().__call__(text[:300], **options)
+
+    loaded = (model, ShortText())
+    paths, failed = run(Config(out=tmp_path, only=("geometry", "growth")), loaded=loaded)
+    assert [path.name for path in paths] == ["geometry.json"]
+    assert "the capture holds" in failed["growth"]
 
 
 def test_settings():

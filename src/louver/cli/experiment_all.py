@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from louver.cli.console import Stages, console, errors, reports_errors
+from louver.cli.console import Stages, console, errors, fail, reports_errors
 from louver.cli.lists import split_list
 from louver.experiments.report import build
 from louver.experiments.rows import write_text
@@ -22,6 +22,9 @@ def run_all(
     """Run every experiment on one model and write the report; without --full on two layers, in minutes."""
     config = Config(out=out, model=model, full=full, only=split_list("--only", only, str) if only else ())
     with Stages() as stages:
-        written = run(config, stages, say=lambda line: errors.print(line, style="dim", soft_wrap=True))
-    write_text(out / "report.html", build(out))
-    console.print(f"Wrote {', '.join(path.name for path in written)} and report.html to {out}", soft_wrap=True)
+        written, failed = run(config, stages, say=lambda line: errors.print(line, style="dim", soft_wrap=True))
+    if written:
+        write_text(out / "report.html", build(out))
+        console.print(f"Wrote {', '.join(path.name for path in written)} and report.html to {out}", soft_wrap=True)
+    if failed:
+        fail("; ".join(f"{name}: {why}" for name, why in failed.items()))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from louver.errors import InputFileError
+from louver.errors import InputFileError, LouverError
 from louver.experiments import capture as captures
 from louver.experiments.catalog import experiments
 from louver.experiments.demo_model import demo_model, load_model
@@ -39,11 +39,14 @@ def run(
     on_progress: Progress = no_progress,
     say: Callable[[str], None] = lambda line: None,
     loaded: tuple[Any, Any] | None = None,
-) -> list[Path]:
-    """Capture, measure, and write one file of rows per experiment; returns their paths.
+) -> tuple[list[Path], dict[str, str]]:
+    """Capture, measure, and write one file of rows per experiment.
+
+    Returns:
+        The files written, and by name why an experiment could not run: what one of them lacks does not stop the others.
 
     Raises:
-        LouverError: as the experiments do; what was written before stays.
+        InputFileError, UnsupportedModelError: there is no capture to be had from the model.
     """
     config.out.mkdir(parents=True, exist_ok=True)
     chosen = [described for name, described in experiments().items() if not config.only or name in config.only]
@@ -51,16 +54,20 @@ def run(
     if any("capture" in _fields(described) for described in chosen):
         say(f"Capturing into {capture}")
         _capture(config, on_progress, loaded).save(capture)
-    written = []
+    written, failed = [], {}
     for described in chosen:
         settings = settings_of(described, config, capture)
         command = command_line(described, settings)
         say(command)
-        rows, more = described.run(described.config(**settings), on_progress)
+        try:
+            rows, more = described.run(described.config(**settings), on_progress)
+        except LouverError as error:
+            failed[described.name] = str(error)
+            continue
         path = config.out / f"{described.name}.json"
         write_rows(path, rows, seed=settings.get("seed", 0), command=command, **more)
         written.append(path)
-    return written
+    return written, failed
 
 
 def settings_of(described: Experiment, config: Config, capture: Path) -> dict[str, Any]:
