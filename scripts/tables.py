@@ -91,7 +91,14 @@ TABLES = {
             ("output error", "output_error", ".2%"),
             ("recall", "recall", ""),
         ),
-        where={"batch": 1, "num_kv_heads": 8, "head_dim": 128, "dtype": "float16", "backend": "triton"},
+        where={
+            "batch": 1,
+            "num_q_heads": 32,
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "dtype": "float16",
+            "backend": "triton",
+        },
     ),
     "offload": Table(
         file="offload.json",
