@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or a name on the hub (default: the demo's model)")
-    parser.add_argument("--policies", default="exact:0.01,budget:0.05", help="separated by commas, beside stock")
+    parser.add_argument("--policies", default="exact:0.01", help="separated by commas, beside stock")
     parser.add_argument("--requests", type=int, default=8, help="decoded at once")
     parser.add_argument("--prompt-tokens", type=int, default=4096, help="of every prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded by every request in a pass")
