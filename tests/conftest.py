@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("LOUVER_CROSSOVER", "off")  # tests are short, and about the sketch
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from experiments.captures import tiny_capture
 from louver.errors import InputFileError
 from louver.experiments.bench import Config, interleaved, run
+from louver.experiments.bench_charts import charts
 from louver.experiments.synthetic import heavy_tailed
 
 
@@ -19,6 +21,17 @@ def test_every_way_and_policy_has_a_row():
         if row["index"] == "sketch":
             assert row["num_false_negatives"] == 0 and row["num_bound_violations"] == 0
             assert row["bytes_fraction"] > 0
+
+
+def test_the_layers_of_a_capture_are_copies(tmp_path):
+    path = tmp_path / "capture.safetensors"
+    capture = tiny_capture()
+    capture.save(path)
+    rows = list(run(Config(capture=path, dtype="float32", policies=("exact:0.05", "budget:0.1"), repetitions=2)))
+    assert {(row["data"], row["kv_len"]) for row in rows} == {(capture.model, capture.kv_len)}
+    sketched = [row for row in rows if row["index"] == "sketch"]
+    assert len(sketched) == 2 and all(row["num_bound_violations"] == 0 for row in sketched)
+    assert set(charts(rows)) == {"selected"}
 
 
 def test_ways_take_turns_over_the_copies():

@@ -37,15 +37,22 @@ def demo(text, **changes):
 
 def test_the_sketch_stands_beside_dense(text):
     found = demo(text)
-    assert [(row["index"], row["policy"]) for row in found.rows] == [("none", "dense"), ("sketch", "exact:0.01")]
-    assert found.rows[1]["num_bound_violations"] == found.rows[1]["num_false_negatives"] == 0
+    assert [(row["index"], row["policy"]) for row in found.rows] == [
+        ("none", "dense"),
+        ("none", "sdpa"),
+        ("sketch", "exact:0.01"),
+    ]
+    row = found.rows[2]
+    assert row["num_bound_violations"] == row["num_false_negatives"] == 0
+    assert all(r["latency_us_p20"] <= r["latency_us_p50"] <= r["latency_us_p80"] for r in found.rows)
+    assert row["latency_vs_sdpa"] == pytest.approx(row["latency_us_p50"] / found.rows[1]["latency_us_p50"])
     assert len(found.rows_per_step) == 6 and len(found.rows_per_layer) == 2
 
 
 def test_the_ball_index_stands_beside_flat_and_dense(text):
     found = demo(text, index="ball", policy="budget:0.1")
-    assert [row["index"] for row in found.rows] == ["none", "flat", "ball"]
-    _, flat, ball = found.rows
+    assert [row["index"] for row in found.rows] == ["none", "none", "flat", "ball"]
+    *_, flat, ball = found.rows
     assert ball["num_equal_tokens_flat"] == 6 and "num_equal_tokens_flat" not in flat
     for name in ("recall", "num_relevant", "num_equal_tokens", "exact_fraction", "kl_nats"):
         assert ball[name] == pytest.approx(flat[name], rel=1e-6), name

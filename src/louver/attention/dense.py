@@ -4,6 +4,7 @@
 the same tokens as with ``attn_implementation="sdpa"``. Nothing is approximated: the certificate is 0 and only arithmetic is left.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
@@ -53,9 +54,17 @@ class DenseAttention(OnStore):
 
 
 def attend_everything(
-    q: Query, store: KVStore, values: Values, softmax_scale: float, record: bool = False
+    q: Query,
+    store: KVStore,
+    values: Values,
+    softmax_scale: float,
+    record: bool = False,
+    kernel: Callable[..., tuple[Query, PerQueryHead]] | None = None,
 ) -> AttendResult:
-    """Dense attention of q [batch, num_q_heads, head_dim] over every valid token of a store."""
+    """Dense attention of q [batch, num_q_heads, head_dim] over every valid token of a store.
+
+    kernel: a backend's op ``attend_dense`` in place of torch's attention.
+    """
     keys = store.keys
     kv_len = keys.shape[2]
     if isinstance(store, DeviceStore):
@@ -64,12 +73,16 @@ def attend_everything(
         padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
     length = store.kv_len - store.kv_start
+    lse = None
     with true_float32(q.device):
-        out = _attend(q, keys, values, valid, softmax_scale)
-    if padded or not kv_len:
+        if kernel is None:
+            out = _attend(q, keys, values, valid, softmax_scale)
+        else:
+            out, lse = kernel(q, keys, values, store.kv_start, store.kv_len, softmax_scale)
+    if kernel is None and (padded or not kv_len):
         out = torch.where((length > 0)[:, None, None], out, 0.0)  # of a row without tokens torch makes what it likes
     mask = _exact_mask(q, keys, valid) if record else None
-    return DenseResult(q, keys, values, valid, length, softmax_scale, out, mask)
+    return DenseResult(q, keys, values, valid, length, softmax_scale, out, mask, lse)
 
 
 class DenseResult(AttendResult):
@@ -89,6 +102,7 @@ class DenseResult(AttendResult):
         softmax_scale: float,
         out: Query,
         exact_mask: Tensor | None,
+        lse: PerQueryHead | None = None,
     ) -> None:
         zeros = torch.zeros(q.shape[:2], device=q.device)
         self.__dict__.update(
@@ -100,6 +114,8 @@ class DenseResult(AttendResult):
             exact_mask=exact_mask,
             _asked=(q, keys, values, valid, length, softmax_scale),
         )
+        if lse is not None:
+            self.__dict__["lse"] = lse
 
     @cached_property
     def lse(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride] - lazy, the same to read

@@ -14,6 +14,7 @@ from louver.attention.within import attend_within
 from louver.errors import PolicyError, ShapeError
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
+from louver.kernels.cpu.crossover import is_short
 from louver.policies.base import Dense
 from louver.policies.output_error import OutputError
 from louver.policies.spec import parse
@@ -125,6 +126,8 @@ def _attend_sketch(
         )
     ops, store, rule = get_ops(index.backend), index.store, policy.rule()
     place = (store.kv_start, store.kv_len, scale)
+    if rule is not None and index.backend == "cpu" and is_short(store.keys, *place[:2], policy.drops):
+        return attend_everything(q, store, values, scale, record, ops.attend_dense)
     if rule is not None:
         step = ops.step(q, store.keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)
     elif isinstance(policy, OutputError):

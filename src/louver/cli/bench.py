@@ -12,7 +12,9 @@ from louver.cli.lists import split_list
 from louver.errors import InputFileError
 from louver.experiments import bench_gpu
 from louver.experiments.bench import Config, run
-from louver.experiments.rows import Row, write_rows
+from louver.experiments.bench_charts import charts
+from louver.experiments.charts import can_draw, chart_png
+from louver.experiments.rows import Row, write_bytes, write_rows
 
 
 @reports_errors
@@ -25,6 +27,13 @@ def bench(
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
     repetitions: Annotated[int, typer.Option(min=1, help="Times each way is called, in turn.")] = 31,
     seed: Annotated[int, typer.Option(help="Of the data.")] = 0,
+    capture: Annotated[
+        Path | None,
+        typer.Option(help="Measure on the layers of this capture (louver capture), at its length and shape."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw time against length, and against keys selected, into this folder.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
 ) -> None:
     """Time policies beside torch's attention and Louver's own dense kernel, in turn, and check every step in float64."""
@@ -49,12 +58,20 @@ def bench(
         repetitions=repetitions,
         seed=seed,
         backend=backend,
+        capture=capture,
     )
+    if plot is not None and not can_draw():
+        raise InputFileError("--plot needs matplotlib: pip install 'louver[plots]'")
     with Stages() as stages:
         rows = list(run(config, lambda done, total: stages("Measuring", done, total)))
     if json is not None:
         write_rows(json, rows, seed=seed)
     console.print(report(rows))
+    for name, chart in {} if plot is None else charts(rows).items():
+        assert plot is not None
+        path = plot / f"bench_{name}.png"
+        write_bytes(path, chart_png(chart, rows))
+        console.print(f"wrote {path}")
 
 
 def report(rows: list[Row]) -> Table:

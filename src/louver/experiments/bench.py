@@ -9,6 +9,7 @@ exact.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from louver.attention.sparse import attend
 from louver.errors import InputFileError
+from louver.experiments.bench_data import Copy, captured, synthetic
 from louver.experiments.rows import Row
-from louver.experiments.synthetic import heavy_tailed
-from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops, resolve_backend
 from louver.policies.spec import parse
 from louver.protocols import AttendResult
@@ -27,8 +27,6 @@ from louver.shapes import group_heads
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TORCH = ("sdpa", "eager_grouped", "eager_repeat")
-CACHE_BYTES = 96 << 20  # sketches of all copies together take more than this, three times a large last-level cache
-LARGEST_BYTES = 4 << 30  # of keys and values over all copies
 WARM_UP = 2
 
 Call = Callable[[], object]
@@ -45,6 +43,7 @@ class Config:
     repetitions: int = 31
     seed: int = 0
     backend: str = "auto"
+    capture: Path | None = None  # measure on its layers instead; its own length and shape
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -55,37 +54,24 @@ class Config:
             parse(policy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Copy:
-    """One copy of the cache, with its index."""
-
-    q: Tensor
-    index: SketchIndex
-
-    @property
-    def keys(self) -> Tensor:
-        return self.index.store.keys
-
-    @property
-    def values(self) -> Tensor:
-        values = self.index.store.values
-        assert values is not None
-        return values
-
-
 def run(config: Config, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Iterator[Row]:
     """Rows of every length: the dense ways first, then the policies."""
     backend = resolve_backend(config.backend)
-    total = len(config.kv_lens) * config.repetitions
-    for number, kv_len in enumerate(config.kv_lens):
-        copies = _copies(config, kv_len)
+    dtype = DTYPES[config.dtype]
+    lengths = config.kv_lens if config.capture is None else (0,)  # a capture's own
+    total = len(lengths) * config.repetitions
+    for number, kv_len in enumerate(lengths):
+        if config.capture is None:
+            data, copies = "heavy_tailed", synthetic(kv_len, config.shape, dtype, config.seed, backend)
+        else:
+            data, copies = captured(config.capture, dtype, backend)
         ways: dict[str, list[Call]] = {}
         for copy in copies:
             for name, call in {**_dense(copy, backend), **_sparse(copy, config.policies)}.items():
                 ways.setdefault(name, []).append(call)
         done = number * config.repetitions
         times = interleaved(ways, config.repetitions, lambda i, done=done: on_progress(done + i, total))
-        yield from _rows(config, kv_len, backend, times, copies[0])
+        yield from _rows(config, data, backend, times, copies)
 
 
 def interleaved(
@@ -102,26 +88,6 @@ def interleaved(
                 times[name].append(time.perf_counter() - begin)
         on_repetition(max(0, repetition + 1))
     return times
-
-
-def _copies(config: Config, kv_len: int) -> list[Copy]:
-    num_q_heads, num_kv_heads, head_dim = config.shape
-    elements = kv_len * num_kv_heads * head_dim
-    wanted = -(-CACHE_BYTES // elements)  # a sketch takes about a byte for a key's and a value's channel
-    room = LARGEST_BYTES // (2 * elements * DTYPES[config.dtype].itemsize)
-    copies = []
-    for _ in range(max(1, min(wanted, room, 64))):
-        made = heavy_tailed(
-            kv_len,
-            num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            dtype=DTYPES[config.dtype],
-            seed=config.seed,
-        )
-        index = SketchIndex.build(made.keys, made.values, made.metric_queries, backend=config.backend)
-        copies.append(Copy(q=made.q, index=index))
-    return copies
 
 
 def _dense(copy: Copy, backend: str) -> dict[str, Call]:
@@ -154,20 +120,22 @@ def _sparse(copy: Copy, policies: tuple[str, ...]) -> dict[str, Call]:
 
 
 def _rows(
-    config: Config, kv_len: int, backend: str, times: dict[str, list[float]], copy: Copy
+    config: Config, data: str, backend: str, times: dict[str, list[float]], copies: list[Copy]
 ) -> Iterator[dict[str, Any]]:
+    _, num_kv_heads, kv_len, head_dim = copies[0].keys.shape
     medians = {name: percentile(t, 50) for name, t in times.items()}
     best_torch = min(medians[name] for name in TORCH)
     for name, seconds in times.items():
         sparse = name in config.policies
         row = {
             "kv_len": kv_len,
-            "num_q_heads": config.shape[0],
-            "num_kv_heads": config.shape[1],
-            "head_dim": config.shape[2],
+            "num_q_heads": copies[0].q.shape[1],
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
             "dtype": config.dtype,
             "batch": 1,
-            "data": "heavy_tailed",
+            "data": data,
+            "num_threads": torch.get_num_threads(),
             "index": "sketch" if sparse else "none",
             "backend": backend if sparse or name == "dense" else "torch",
             "policy": parse(name).spec if sparse else name,
@@ -178,7 +146,20 @@ def _rows(
             "speedup_vs_best_torch": best_torch / medians[name],
             **{f"speedup_vs_{other}": medians[other] / medians[name] for other in (*TORCH, "dense")},
         }
-        yield row | (evidence(copy, name) if sparse else {"bytes_fraction": 1.0, "guarantee": "exact"})
+        yield row | (_mean_evidence(config, copies, name) if sparse else {"bytes_fraction": 1.0, "guarantee": "exact"})
+
+
+def _mean_evidence(config: Config, copies: list[Copy], policy: str) -> dict[str, Any]:
+    """Of a capture, over its layers: counts are added, the rest averaged. The copies of a synthetic cache are all alike."""
+    found = [evidence(copy, policy) for copy in (copies if config.capture is not None else copies[:1])]
+    merged: dict[str, Any] = {}
+    for name, first in found[0].items():
+        values = [each[name] for each in found]
+        if isinstance(first, str):
+            merged[name] = first
+        else:
+            merged[name] = sum(values) if name.startswith("num_") else sum(values) / len(values)
+    return merged
 
 
 def evidence(copy: Copy, policy: str) -> dict[str, Any]:

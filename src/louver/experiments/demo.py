@@ -2,7 +2,8 @@
 
 One prefill serves every decode, each on its own copy of the cache: dense, then Louver while an Audit repeats each step of each
 layer in float64 (its time is not counted). Where the texts part, Louver decodes once more along the dense tokens, so that the
-logits of every step can be compared. The ball index is shown beside the flat one, which reads every key: under one policy both
+logits of every step can be compared. Then both, and dense attention as transformers ships it, decode the same tokens in turn, to be
+timed. The ball index is shown beside the flat one, which reads every key: under one policy both
 must find the same keys, so what differs from dense is the policy's doing.
 """
 
@@ -89,13 +90,16 @@ def run(
             truth = _served(
                 model, with_flat_index(cache), prompt, config, "decode without an index", on_progress, dense
             )
+        timed = copy.deepcopy(cache)
         found = _served(model, cache, prompt, config, "decode through Louver", on_progress, dense)
+        times = _timed(model, timed, prompt, dense, on_progress)
     finally:
         model.set_attn_implementation("sdpa")  # as it came
-    rows = [reference_row(_facts(model, found, config.index), dense)]
+    facts = _facts(model, found, config.index)
+    rows = [reference_row(facts, name, times[name]) for name in ("dense", "sdpa")]
     if truth is not None:
-        rows.append(louver_row(_facts(model, truth, "flat"), policy, dense, truth))
-    rows.append(louver_row(_facts(model, found, config.index), policy, dense, found, truth))
+        rows.append(louver_row(_facts(model, truth, "flat"), policy, dense, truth, {"dense": times["dense"]}))
+    rows.append(louver_row(facts, policy, dense, found, times, truth))
     texts = {name: _text(model, tokenizer, run.tokens) for name, run in (("dense", dense), ("louver", found.free))}
     return Demo(
         rows=rows,
@@ -117,6 +121,22 @@ def _served(
     if free.tokens != dense.tokens:
         along = _decode(model, cache, prompt, config, "compare along dense", on_progress, None, dense.tokens)
     return Served(cache=branch, audit=audit, free=free, along=along)
+
+
+def _timed(model: Any, cache: Any, prompt: Prompt, dense: Decoded, on_progress: Progress) -> dict[str, list[float]]:
+    """Milliseconds per step of ``louver``, ``dense`` and ``sdpa``, from a cache that holds the prompt."""
+    from louver.experiments.demo_timing import as_shipped, in_turn
+
+    done = 0
+
+    def advance(token: int) -> None:
+        nonlocal done
+        done += 1
+        on_progress("take the time", done, len(dense.tokens))
+
+    on_progress("take the time", 0, len(dense.tokens))
+    caches = {"dense": with_policy(cache, "dense"), "sdpa": as_shipped(model, cache), "louver": cache}
+    return in_turn(model, caches, int(prompt.ids[0, -1]), dense.tokens, advance)
 
 
 def with_flat_index(cache: Any) -> Any:

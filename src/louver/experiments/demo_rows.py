@@ -21,23 +21,32 @@ class Served:
     along: Decoded
 
 
-def reference_row(facts: dict[str, Any], dense: Decoded) -> dict[str, Any]:
-    """The row of the dense run."""
+def reference_row(facts: dict[str, Any], policy: str, step_ms: list[float]) -> dict[str, Any]:
+    """The row of a dense way: ``dense`` on Louver's buffers, or ``sdpa`` on the cache transformers ships."""
     row = {
-        "policy": "dense",
+        "policy": policy,
         "index": "none",
         "bytes_fraction": 1.0,
-        "num_tokens": len(dense.tokens),
-        **_latency(dense),
+        "num_tokens": len(step_ms),
+        **_latency(step_ms),
     }
     return {**facts, **row, "guarantee": "exact"}
 
 
 def louver_row(
-    facts: dict[str, Any], policy: Policy, dense: Decoded, served: Served, truth: Served | None = None
+    facts: dict[str, Any],
+    policy: Policy,
+    dense: Decoded,
+    served: Served,
+    times: dict[str, list[float]],
+    truth: Served | None = None,
 ) -> dict[str, Any]:
-    """The row of a Louver run; ``truth`` is the run that searched the same thresholds by reading every key."""
+    """The row of a Louver run; ``truth`` is the run that searched the same thresholds by reading every key.
+
+    times: milliseconds per step of the ways that were timed in turn; a run that was not among them (``louver``) has its own.
+    """
     free, memory = served.free, served.cache.memory()
+    own = _latency(times.get("louver", free.step_ms))
     kl = kl_nats(dense.logits, served.along.logits)
     kv_itemsize = getattr(torch, facts["dtype"]).itemsize
     flat = {} if truth is None else {"num_equal_tokens_flat": _num_equal(truth.free, free)}
@@ -52,8 +61,12 @@ def louver_row(
         "top1_agreement": _mean(torch.tensor(dense.tokens) == torch.tensor(served.along.tokens)),
         "kl_nats": _mean(kl),
         "kl_nats_max": float(kl.max()),
-        **_latency(free),
-        "latency_vs_dense": _latency(free)["latency_us_p50"] / _latency(dense)["latency_us_p50"],
+        **own,
+        **{
+            f"latency_vs_{name}": own["latency_us_p50"] / _latency(ms)["latency_us_p50"]
+            for name, ms in times.items()
+            if name != "louver"
+        },
         "keys_values_bytes": memory["keys_values"],
         "index_bytes": memory["index"],
         "index_memory_fraction": memory["index"] / memory["keys_values"],
@@ -140,9 +153,9 @@ def _first_divergence(dense: Decoded, free: Decoded) -> int | None:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
 
 
-def _latency(run: Decoded) -> dict[str, float]:
+def _latency(step_ms: list[float]) -> dict[str, float]:
     """Microseconds per token of the whole model."""
-    times = torch.tensor(run.step_ms, dtype=torch.float64) * 1e3
+    times = torch.tensor(step_ms, dtype=torch.float64) * 1e3
     return {f"latency_us_p{p}": float(times.quantile(p / 100)) for p in (20, 50, 80)}
 
 

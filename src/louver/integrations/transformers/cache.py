@@ -147,7 +147,7 @@ class LouverCache(Cache):
 
     def kwargs(self) -> dict[str, "LouverCache"]:
         """The cache as a keyword argument of ``model.generate`` and ``model(...)``, under the name transformers gives it."""
-        return {_argument_name(): self}
+        return keywords(self)
 
     @property
     def stats(self) -> DecodeStats:
@@ -225,6 +225,11 @@ class LouverCache(Cache):
             return "layers of your own"
         own = len(self.layer_policies)
         return self.policy.spec + (f" ({own} layers have their own)" if own else "")
+
+
+def keywords(cache: Cache) -> dict[str, Any]:
+    """Any cache as a keyword argument, under the name transformers gives it."""
+    return {_argument_name(): cache}
 
 
 def _argument_name() -> str:
