@@ -33,10 +33,10 @@ inline void weigh_unit(Unit& unit) {
                 const f32x16 upper = load<f32x16>(uppers), estimate = load<f32x16>(estimates);
                 const float top = unit.top[g], slack = unit.logit_slack[g];
                 const f32x16 logit = (estimate - top) * scale, above = (upper - top) * scale + slack;
-                const f32x16 below = (estimate - (upper - estimate) - top) * scale - slack;
                 const f32x16 weight = select(sketched & (logit >= kLowestExponent), exp(logit), splat(0));
-                const f32x16 ceiling = select(sketched, exp(above), splat(0));
-                const f32x16 floor = select(sketched & (below >= kLowestExponent), exp(below), splat(0));
+                const f32x16 most = exp(above), ceiling = select(sketched, most, splat(0));
+                // The bounds lie symmetrically about the estimate: ceiling / weight = weight / floor.
+                const f32x16 floor = select(sketched, weight * (weight * reciprocal_below(most)), splat(0));
                 unit.lanes[2 * g] += max(ceiling - weight, weight - floor);  // how far the true weight can be
                 unit.lanes[2 * g + 1] += floor;
                 store_some(uppers, ceiling, count);
@@ -55,9 +55,9 @@ inline void weigh_unit(Unit& unit) {
 
 struct CoarseScratch {
     const uint8_t** rows;  // [frame_len]
-    int32_t* live;         // [frame_len]
+    uint32_t* live;        // per 16 tokens, a bit for each whose value is read
     int64_t stride;        // frame_len in whole vectors
-    float* weight;         // [stride], a head's weights of the live tokens
+    float* weight;         // [stride + kLanes], a head's weights of the live tokens
     uint8_t* rounded;      // [group, stride]
     int32_t* total;        // [group, dims]
 };
@@ -78,11 +78,11 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
         for (int64_t g = 0; g < group; ++g)
             unit.lanes[g] +=
                 select(inside & ~live, load<f32x16>(unit.estimate + g * unit.stride + base + token), splat(0));
-        uint32_t todo = bits(live & inside);
-        for (; todo != 0; todo &= todo - 1) scratch.live[count++] = static_cast<int32_t>(token + __builtin_ctz(todo));
+        scratch.live[token / kLanes] = bits(live & inside);
+        for (uint32_t todo = scratch.live[token / kLanes]; todo != 0; todo &= todo - 1)
+            scratch.rows[count++] = codes + (token + __builtin_ctz(todo)) * half;
     }
-    const int64_t whole_count = (count + 3) / 4 * 4;
-    for (int64_t i = 0; i < whole_count; ++i) scratch.rows[i] = codes + (i < count ? scratch.live[i] : 0) * half;
+    for (int64_t i = count; i % 4 != 0; ++i) scratch.rows[i] = codes;  // weighed with zero
     const double spread = static_cast<double>(sketch.value_spread[index]),
                  error = static_cast<double>(sketch.value_error[index]);
     float extent = 0;
@@ -108,8 +108,12 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
         const float* weights = unit.estimate + g * unit.stride + base;
         Sums& sums = unit.sum_of(g);
         f32x16 tops = {};
-        for (int64_t i = 0; i < count; ++i) scratch.weight[i] = weights[scratch.live[i]];
-        for (int64_t i = count; i < padded_dims(frame_len); ++i) scratch.weight[i] = 0;
+        int64_t packed = 0;
+        for (int64_t token = 0; token < frame_len && packed < count; token += kLanes) {
+            store_packed(scratch.weight + packed, load<f32x16>(weights + token), scratch.live[token / kLanes]);
+            packed += __builtin_popcount(scratch.live[token / kLanes]);
+        }
+        store(scratch.weight + count, splat(0));
         for (int64_t i = 0; i < count; i += kLanes) tops = max(tops, load<f32x16>(scratch.weight + i));
         const float top = largest(tops), unread = sum(unit.lanes[g]);
         sums.unread += static_cast<double>(unread);
@@ -175,7 +179,9 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
             if (best < unit.cut[g]) unit.cut[g] = best;
         });
         unit.wait();
-        collect<AlsoFind::top_estimate>(unit, unit.cut, unit.before);
+        bool lowered = false;  // the same for every thread
+        for (int64_t g = 0; g < group; ++g) lowered |= unit.cut[g] < unit.before[g];
+        if (lowered) collect<AlsoFind::top_estimate>(unit, unit.cut, unit.before);
         unit.wait();
     }
     unit.my_heads([&](int64_t g) {

@@ -29,12 +29,17 @@ LOUVER_INLINE int64_t count_at_least(const float* x, int64_t n, float t, int64_t
 
 // The sum of the values below t.
 LOUVER_INLINE double sum_below(const float* x, int64_t n, float t, int64_t step = 1) {
-    f32x16 total = {};
+    f32x16 total = {}, other = {};  // two, because each addition waits for the one before it
     int64_t i = 0;
+    for (; i + (step + 1) * kLanes <= n; i += 2 * step * kLanes) {
+        const f32x16 v = load<f32x16>(x + i), w = load<f32x16>(x + i + step * kLanes);
+        total += select(v < t, v, splat(0)), other += select(w < t, w, splat(0));
+    }
     for (; i + kLanes <= n; i += step * kLanes) {
         const f32x16 v = load<f32x16>(x + i);
         total += select(v < t, v, splat(0));
     }
+    total += other;
     if (i < n) {
         const f32x16 v = load<f32x16>(x + i);
         total += select((v < t) & first_lanes(n - i), v, splat(0));
@@ -45,10 +50,10 @@ LOUVER_INLINE double sum_below(const float* x, int64_t n, float t, int64_t step 
 }
 
 // The largest t for which reaches(t) holds, given that it holds for low and not above high; both in order_of's
-// integers.
+// integers. With a tolerance, some t for which it holds, at most that many floats below the largest.
 template <class Reaches>
-LOUVER_INLINE float bisect(int32_t low, int32_t high, Reaches reaches) {
-    while (low < high) {
+LOUVER_INLINE float bisect(int32_t low, int32_t high, Reaches reaches, int64_t tolerance = 0) {
+    while (static_cast<int64_t>(high) - low > tolerance) {
         const int32_t middle = static_cast<int32_t>((static_cast<int64_t>(low) + high + 1) >> 1);
         if (reaches(float_at(middle))) {
             low = middle;
@@ -119,7 +124,7 @@ inline float unread_below(const float* x, int64_t n, double allowed) {
     const int64_t step = n / (kSampleVectors * kLanes) > 1 ? n / (kSampleVectors * kLanes) : 1;
     double target = 0.98 * allowed / static_cast<double>(step);
     for (int tries = 0; tries < 8; ++tries, target *= 0.8) {
-        const float t = bisect(low, high, [&](float at) { return sum_below(x, n, at, step) <= target; });
+        const float t = bisect(low, high, [&](float at) { return sum_below(x, n, at, step) <= target; }, 1 << 15);
         if (sum_below(x, n, t) * (1 + 1e-4) <= allowed) return t;
     }
     return 0x1p-126f;

@@ -84,6 +84,25 @@ LOUVER_INLINE uint32_t bits(i32x16 mask) {
 #endif
 }
 
+// At most 1 / x for positive x, and less by a factor of 1 - 2^-12 at most.
+LOUVER_INLINE f32x16 reciprocal_below(f32x16 x) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_rcp14_ps((__m512)x) * (1 - 0x1p-13f);  // good to 2^-14
+#else
+    return (1 - 0x1p-13f) / x;
+#endif
+}
+
+// The lanes of x that mask names, side by side from p on, and zeros: 16 lanes are written.
+LOUVER_INLINE void store_packed(float* p, f32x16 x, uint32_t mask) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)x));
+#else
+    store(p, f32x16{});
+    for (; mask != 0; mask &= mask - 1) *p++ = x[__builtin_ctz(mask)];
+#endif
+}
+
 LOUVER_INLINE float sum(f32x16 x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);

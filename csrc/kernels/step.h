@@ -74,8 +74,8 @@ inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sket
     mine.scan = arena.take<char>(scan_bytes(sketch, group, kStepPlanes));
     mine.coarse.stride = padded_dims(sketch.frame_len);
     mine.coarse.rows = arena.take<const uint8_t*>(mine.coarse.stride);
-    mine.coarse.live = arena.take<int32_t>(mine.coarse.stride);
-    mine.coarse.weight = arena.take<float>(mine.coarse.stride);
+    mine.coarse.live = arena.take<uint32_t>(mine.coarse.stride / kLanes);
+    mine.coarse.weight = arena.take<float>(mine.coarse.stride + kLanes);
     mine.coarse.rounded = arena.take<uint8_t>(group * mine.coarse.stride);
     mine.coarse.total = arena.take<int32_t>(group * sketch.dims + kLanes);
     unit.buffer = arena.take<float>(kValueTile * padded);

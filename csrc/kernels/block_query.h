@@ -1,0 +1,251 @@
+// A group's queries in one block's frame, rounded to 8 bits, and everything of a bound that does not depend on the key;
+// see scan.h for the formula.
+#pragma once
+
+#include "kernels/codes.h"
+#include "kernels/query.h"
+
+namespace louver::LOUVER_ISA {
+
+// Small copies of whole vectors where the size allows, or a call costs more than the copy.
+LOUVER_INLINE void copy_bytes(void* to, const void* from, int64_t n) {
+    if (n == 64) {
+        std::memcpy(to, from, 64);
+    } else if (n == 32) {
+        std::memcpy(to, from, 32);
+    } else {
+        std::memcpy(to, from, static_cast<size_t>(n));
+    }
+}
+
+// SCALES[code] of sketch/layout.py: eighths of an octave; powers of two scale without rounding.
+LOUVER_INLINE f32x16 scales_of(u8x16 codes) {
+    const i32x16 code = (i32x16) __builtin_convertvector(codes, u32x16);
+    const f32x16 eighths = {1.0f,
+                            0x1.172b84p0f,
+                            0x1.306fep0f,
+                            0x1.4bfdaep0f,
+                            0x1.6a09e6p0f,
+                            0x1.8ace54p0f,
+                            0x1.ae89fap0f,
+                            0x1.d5818ep0f,
+                            1,
+                            1,
+                            1,
+                            1,
+                            1,
+                            1,
+                            1,
+                            1};
+    return as_float(as_int(__builtin_shuffle(eighths, code & 7)) + (((code >> 3) - 18) << 23));
+}
+
+constexpr int64_t kMaxDims = 1024;
+
+// What one block's frame makes of a group's queries.
+struct BlockQuery {
+    int8_t* query = nullptr;     // [planes, group, 2 * half_padded]
+    float* bias = nullptr;       // [group], sum q (z - s/2)
+    float* half_step = nullptr;  // [group]
+    int32_t* offset = nullptr;   // [group], 15 N
+    float* slack = nullptr;      // [group]
+    float* reach = nullptr;      // [group, slices], inflated norm times radius unit
+    bool finite = true;          // false: some bound could leave float32's range, so every key is exact
+};
+
+struct Scan {
+    const SketchView* sketch = nullptr;
+    Group group;
+    int64_t row = 0, head = 0;
+    int64_t half = 0, half_padded = 0;
+    int planes = 1;
+    float *energy = nullptr,
+          *peak = nullptr;  // [group, padded]: (q / peak)^2 times what the metric fixes; [group, slices]
+    BlockQuery block;
+    float *scale = nullptr, *shifted = nullptr;  // [padded], of the current block
+    int64_t stride = 0;                          // frame_len in whole vectors
+    int32_t* dots = nullptr;                     // [planes, group, stride]
+    float* radii = nullptr;                      // [slices, stride]
+    uint32_t* unbounded = nullptr;               // per 16 tokens, a bit for each key without a finite bound
+};
+
+inline int64_t scan_bytes(const SketchView& sketch, int64_t group, int planes) {
+    const int64_t half_padded = (sketch.dims / 2 + 15) / 16 * 16, padded = padded_dims(sketch.dims);
+    const int64_t stride = padded_dims(sketch.frame_len);
+    const int64_t floats =
+        (2 + group) * padded + group * (planes * stride + 4 + 2 * sketch.slices) + (sketch.slices + 1) * stride;
+    return planes * group * 2 * half_padded + 4 * floats + 10 * 64;
+}
+
+// The scale that keeps squares in range is each slice's own: one for all would let a slice small beside another vanish.
+inline void fill_energy(Scan& scan) {
+    const SketchView& sketch = *scan.sketch;
+    const float* weight = sketch.query_weight + (scan.row * sketch.heads + scan.head) * sketch.dims;
+    for (int64_t g = 0; g < scan.group.size; ++g) {
+        const float* q = scan.group.q + g * scan.group.padded;
+        float* energy = scan.energy + g * scan.group.padded;
+        std::memset(energy, 0, static_cast<size_t>(4 * scan.group.padded));
+        for (int64_t s = 0; s < sketch.slices; ++s) {
+            float peak = 0;
+            for (int64_t d = sketch.slice_begin(s); d < sketch.slice_begin(s + 1); ++d)
+                peak = std::fmax(peak, std::fabs(q[d]));
+            scan.peak[g * sketch.slices + s] = peak;
+            for (int64_t d = sketch.slice_begin(s); d < sketch.slice_begin(s + 1) && peak > 0; ++d) {
+                const float x = q[d] / peak;
+                energy[d] = x * x * (sketch.metric == Metric::identity ? 1.0f : weight[d]);
+            }
+        }
+    }
+}
+
+inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row, int64_t head, int planes,
+                      char* memory) {
+    Scan scan;
+    scan.sketch = &sketch, scan.group = group, scan.row = row, scan.head = head, scan.planes = planes;
+    scan.half = sketch.dims / 2, scan.half_padded = (scan.half + 15) / 16 * 16;
+    auto take = [&memory](int64_t bytes) {
+        char* out = memory;
+        memory += (bytes + 63) / 64 * 64;
+        return out;
+    };
+    const int64_t n = group.size;
+    scan.block.query = reinterpret_cast<int8_t*>(take(planes * n * 2 * scan.half_padded));
+    std::memset(scan.block.query, 0, static_cast<size_t>(planes * n * 2 * scan.half_padded));
+    scan.scale = reinterpret_cast<float*>(take(4 * group.padded));
+    scan.shifted = reinterpret_cast<float*>(take(4 * group.padded));
+    scan.stride = padded_dims(sketch.frame_len);
+    scan.dots = reinterpret_cast<int32_t*>(take(4 * planes * n * scan.stride));
+    scan.radii = reinterpret_cast<float*>(take(4 * sketch.slices * scan.stride));
+    scan.unbounded = reinterpret_cast<uint32_t*>(take(4 * scan.stride / kLanes));
+    scan.energy = reinterpret_cast<float*>(take(4 * n * group.padded));
+    scan.peak = reinterpret_cast<float*>(take(4 * n * sketch.slices));
+    fill_energy(scan);
+    float* rest = reinterpret_cast<float*>(take(4 * n * (4 + sketch.slices)));
+    scan.block.bias = rest, scan.block.half_step = rest + n, scan.block.slack = rest + 2 * n;
+    scan.block.offset = reinterpret_cast<int32_t*>(rest + 3 * n), scan.block.reach = rest + 4 * n;
+    return scan;
+}
+
+// Inflated norms per slice, in the block's metric, times the radius units, of up to four heads from g on.
+template <int kHeads>
+LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, const float* radius_unit) {
+    const SketchView& sketch = *scan.sketch;
+    const float inflation = 1 + kSafety * gamma(static_cast<float>(sketch.dims + 16));
+    const bool frame = sketch.metric == Metric::frame;
+    for (int64_t s = 0; s < sketch.slices; ++s) {
+        const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
+        alignas(16) float squares[4] = {};
+        if (begin % kLanes == 0 && (end % kLanes == 0 || end == sketch.dims)) {
+            f32x16 total[4] = {};
+            for (int64_t d = begin; d < end; d += kLanes) {
+                const f32x16 scale = frame ? load<f32x16>(scan.scale + d) : splat(1);
+                for (int h = 0; h < kHeads; ++h)
+                    total[h] += load<f32x16>(scan.energy + (g + h) * scan.group.padded + d) * scale;
+            }
+            sum4(total, squares);
+        } else {
+            for (int h = 0; h < kHeads; ++h)
+                for (int64_t d = begin; d < end; ++d)
+                    squares[h] += scan.energy[(g + h) * scan.group.padded + d] * (frame ? scan.scale[d] : 1.0f);
+        }
+        for (int h = 0; h < kHeads; ++h) {
+            const int64_t at = (g + h) * sketch.slices + s;
+            scan.block.reach[at] = std::sqrt(squares[h]) * scan.peak[at] * radius_unit[s] * inflation;
+        }
+    }
+}
+
+// The block's queries of up to four heads from g on. block_norm >= | |z| + 8 s |.
+template <int kHeads>
+LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const float* radius_unit) {
+    const int64_t padded = scan.group.padded, slices = scan.sketch->slices;
+    const float chain = static_cast<float>(padded / kLanes);
+    const float levels = scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
+    const float* q = scan.group.q + g * padded;
+    f32x16 peak[4] = {}, bias[4] = {}, missed[4] = {}, count[4] = {};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+        const f32x16 s = load<f32x16>(scan.scale + d), shifted = load<f32x16>(scan.shifted + d);
+        for (int h = 0; h < kHeads; ++h) {
+            const f32x16 x = load<f32x16>(q + h * padded + d);
+            peak[h] = max(peak[h], abs(x * s));
+            bias[h] += x * shifted;
+        }
+    }
+    alignas(16) float top[4], bias_sum[4], missed_sum[4], count_sum[4];
+    largest4(peak, top);
+    sum4(bias, bias_sum);
+    float step[4], inverse[4];
+    for (int h = 0; h < kHeads; ++h) {
+        const bool tiny = top[h] < 1e-30f;
+        step[h] = tiny ? 0.0f : top[h] / levels, inverse[h] = tiny ? 0.0f : levels / top[h];
+    }
+    alignas(64) int8_t rounded[2][kHeads][kMaxDims];
+    for (int64_t d = 0; d < padded; d += kLanes) {
+        const f32x16 s = load<f32x16>(scan.scale + d);
+        for (int h = 0; h < kHeads; ++h) {
+            const f32x16 p = load<f32x16>(q + h * padded + d) * s;
+            const i32x16 i = round_to_int(p * inverse[h]);
+            const f32x16 whole = to_float(i);
+            missed[h] += abs(p - step[h] * whole);
+            count[h] += whole;  // exact: far below 2^24
+            const i32x16 high = scan.planes == 2 ? (i + 128) >> 8 : i;
+            store_bytes(rounded[0][h] + d, high);
+            if (scan.planes == 2) store_bytes(rounded[1][h] + d, i - (high << 8));
+        }
+    }
+    sum4(missed, missed_sum);
+    sum4(count, count_sum);
+    slice_reach<kHeads>(scan, g, radius_unit);
+    for (int h = 0; h < kHeads; ++h) {
+        for (int plane = 0; plane < scan.planes; ++plane) {
+            int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * scan.half_padded;
+            copy_bytes(query, rounded[plane][h], scan.half);
+            copy_bytes(query + scan.half_padded, rounded[plane][h] + scan.half, scan.half);
+        }
+        const float reach = scan.group.norm[g + h] * block_norm;
+        scan.block.bias[g + h] = bias_sum[h];
+        scan.block.half_step[g + h] = 0.5f * step[h];
+        scan.block.offset[g + h] = 15 * static_cast<int32_t>(count_sum[h]);
+        scan.block.slack[g + h] =
+            7.5f * missed_sum[h] * (1 + kSafety * gamma(chain + 16)) + kSafety * gamma(chain + 52) * reach + kAbsolute;
+        float widest = 4 * reach;
+        for (int64_t s = 0; s < slices; ++s) widest += 255 * scan.block.reach[(g + h) * slices + s];
+        if (!(widest < 1e37f)) scan.block.finite = false;
+    }
+}
+
+// Prepare block `index` (as SketchView::block counts).
+inline void prepare_block(Scan& scan, int64_t index) {
+    const SketchView& sketch = *scan.sketch;
+    const int64_t padded = scan.group.padded, dims = sketch.dims;
+    const uint16_t* center = sketch.key_center + index * dims;
+    const uint8_t* codes = sketch.key_scale + index * dims;
+    f32x16 extent = {};
+    for (int64_t d = 0; d < padded; d += kLanes) {
+        u8x16 code = {};
+        u16x16 half = {};
+        const int64_t n = dims - d;
+        if (n >= kLanes) {
+            code = load<u8x16>(codes + d), half = load<u16x16>(center + d);
+        } else {
+            std::memcpy(&code, codes + d, static_cast<size_t>(n));
+            std::memcpy(&half, center + d, static_cast<size_t>(2 * n));
+        }
+        f32x16 s = scales_of(code);
+        if (n < kLanes) s = select(first_lanes(n), s, splat(0));
+        const f32x16 z = from_half(half), reach = abs(z) + 8.0f * s;
+        store(scan.scale + d, s);
+        store(scan.shifted + d, z - 0.5f * s);
+        extent += reach * reach;
+    }
+    const float block_norm = std::sqrt(sum(extent)) * kNormInflation + kTinyNorm;
+    const float* unit = sketch.radius_unit + index * sketch.slices;
+    scan.block.finite = true;
+    int64_t g = 0;
+    for (; g + 4 <= scan.group.size; g += 4) round_queries<4>(scan, g, block_norm, unit);
+    if (scan.group.size - g == 1) round_queries<1>(scan, g, block_norm, unit);
+    if (scan.group.size - g == 2) round_queries<2>(scan, g, block_norm, unit);
+    if (scan.group.size - g == 3) round_queries<3>(scan, g, block_norm, unit);
+}
+
+}  // namespace louver::LOUVER_ISA
