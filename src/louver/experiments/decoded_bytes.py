@@ -9,13 +9,12 @@ from torch import Tensor
 
 from louver.experiments.decoding import decode, prefill
 from louver.experiments.experiment import Progress, no_progress
-from louver.integrations.transformers.stats import LayerSummary, Summary
 
 
 def decoded_bytes(
     model: Any, ids: Tensor, policy: str, num_steps: int, backend: str = "auto", on_progress: Progress = no_progress
-) -> tuple[Summary, list[LayerSummary]]:
-    """Decode the last num_steps tokens of ids [1, kv_len] by a policy; totals, and each served layer's."""
+) -> tuple[Any, list[Any]]:
+    """Decode the last num_steps tokens of ids [1, kv_len] by a policy; totals (a Summary), and each served layer's (LayerSummary)."""
     from louver.integrations.transformers import attach
 
     cache = attach(model, policy=policy, backend=backend)
