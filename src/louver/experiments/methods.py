@@ -1,0 +1,60 @@
+"""Ways to serve a model's decode steps, by name: Louver's policies and everything they are compared with.
+
+``dense``, any policy (``exact:0.01``, ``budget:0.1`` ...), caches in fewer bits (``fp8``, ``kivi4``), and the baselines that pick keys
+(``streaming:0.2``, ``quest:0.2`` ...). All of them are LayerAttentions, so one cache and one attention hook serve all.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from louver.attention import DenseAttention, LouverAttention
+from louver.experiments.baselines import is_baseline, served
+from louver.experiments.baselines.coded import CODERS, Coded
+from louver.experiments.baselines.ivf import TorchIvf
+from louver.policies import parse
+from louver.protocols import Guarantee, LayerAttention
+
+_SETTINGS = ("policy", "budget", "p")  # of a LayerAttention: what a step keeps, not what it knows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to serve decode steps."""
+
+    spec: str  # canonical
+    family: str  # methods of one family differ in what a step keeps, and can share what was prepared
+    guarantee: Guarantee
+    make: Callable[[int], LayerAttention]  # layer_idx -> a new layer
+
+    def like(self, layer_idx: int, prepared: LayerAttention) -> LayerAttention:
+        """A layer of this method that shares the tokens, and what was made of them, with one of the same family."""
+        twin, mine = copy.copy(prepared), self.make(layer_idx)
+        for name in _SETTINGS:
+            if hasattr(mine, name):
+                setattr(twin, name, getattr(mine, name))
+        return twin
+
+
+def method(spec: str, backend: str = "auto") -> Method:
+    """The method a specification names.
+
+    Raises:
+        PolicyError: there is none.
+    """
+    if spec == "dense":
+        return Method(spec=spec, family="dense", guarantee="exact", make=lambda _: DenseAttention())
+    if spec in CODERS:
+        return Method(spec=spec, family=spec, guarantee="none", make=lambda _: Coded(CODERS[spec]()))
+    family = spec.partition(":")[0]
+    if family == "torch-ivf":
+        return Method(spec=spec, family=family, guarantee="none", make=TorchIvf.factory(spec))
+    if is_baseline(spec):
+        return Method(spec=spec, family=family, guarantee="none", make=served(spec))
+    policy = parse(spec)
+    return Method(
+        spec=policy.spec,
+        family="louver",
+        guarantee="exact" if policy.drops else "certified",
+        make=lambda _: LouverAttention(policy, backend=backend),
+    )
