@@ -110,7 +110,12 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
         for done, task in enumerate(config.tasks):
             on_progress("Hide keys, task by task", done, len(config.tasks))
             samples = list_samples(task, vocabulary, config.num_samples, config.seed)
-            head = {"data": model_name(model), "task": task, "kv_len": len(samples[0].prompt), "device": model.device.type}
+            head = {
+                "data": model_name(model),
+                "task": task,
+                "kv_len": len(samples[0].prompt),
+                "device": model.device.type,
+            }
             for hiding, judged, share in _measure(config, model, samples):
                 hid = {"hidden": hiding.kind, "num_hidden": hiding.count or None, "hidden_fraction": share}
                 rows.append(head | hid | judged.fields(config.seed) | {"guarantee": "none"})

@@ -58,18 +58,19 @@ def _sum(b: _Builder, rng: random.Random, ask: bool) -> list[int]:
 
 def _pairs(values: Callable[[Vocabulary, random.Random, int], list[str]], count: int) -> Callable[..., list[int]]:
     def build(b: _Builder, rng: random.Random, ask: bool) -> list[int]:
-        """``Alice: river, Bob: stone`` ... ``Alice:`` and then river."""
+        """``Alice: river, Bob: stone`` ... ``Answer: Alice:`` and then river."""
+        b.add("List:")
         names = rng.sample(b.vocabulary.names, count)
         found = values(b.vocabulary, rng, count)
         chosen = rng.randrange(count)
         for i, (name, value) in enumerate(zip(names, found, strict=True)):
-            b.add(name if not i else f" {name}", "other" if ask and i != chosen else "")
+            b.add(f" {name}", "other" if ask and i != chosen else "")
             b.add(":")
             b.add(f" {value}", ("relevant" if i == chosen else "other") if ask else "")
             if i < count - 1:
                 b.add(",", "separator" if ask else "")
         b.add("\n", "separator" if ask else "")
-        b.add(f"{names[chosen]}:")
+        b.add(f"Answer: {names[chosen]}:")
         answer = b.vocabulary.tokens(f" {found[chosen]}")
         if not ask:
             b.tokens += answer
@@ -81,18 +82,19 @@ def _pairs(values: Callable[[Vocabulary, random.Random, int], list[str]], count:
 
 def _items(count: int) -> Callable[..., list[int]]:
     def build(b: _Builder, rng: random.Random, ask: bool) -> list[int]:
-        """A numbered list, then ``Item 3 is`` and the third item."""
+        """A numbered list, then ``3.`` again, and the third item."""
+        b.add("List:\n")
         words = rng.sample(b.vocabulary.words, count)
         chosen = rng.randrange(count)
         for i, word in enumerate(words):
             b.add(f"{i + 1}.")
             b.add(f" {word}", ("relevant" if i == chosen else "other") if ask else "")
             b.add("\n", "separator" if ask else "")
-        b.add(f"Item {chosen + 1} is")
+        b.add(f"Answer:\n{chosen + 1}.")
         answer = b.vocabulary.tokens(f" {words[chosen]}")
         if not ask:
             b.tokens += answer
-            b.add(".\n\n")
+            b.add("\n\n")
         return answer
 
     return build

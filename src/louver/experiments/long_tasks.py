@@ -58,13 +58,21 @@ def multi_needle(v: Vocabulary, rng: random.Random) -> Draft:
     """Three numbered facts, all asked for."""
     words = rng.sample(v.words, 3)
     needles = [f"\n\nMagic word {i + 1}: {word}\n\n" for i, word in enumerate(words)]
-    return Draft(needles=needles, question="\n\nMagic word 1:", answer=f" {words[0]}\n\nMagic word 2: {words[1]}\n\nMagic word 3: {words[2]}")
+    return Draft(
+        needles=needles,
+        question="\n\nMagic word 1:",
+        answer=f" {words[0]}\n\nMagic word 2: {words[1]}\n\nMagic word 3: {words[2]}",
+    )
 
 
 def number_needle(v: Vocabulary, rng: random.Random) -> Draft:
     """One sentence that holds a number of five digits."""
     name, number = rng.choice(v.names), rng.randint(10_000, 99_999)
-    return Draft(needles=[f"\n\nThe number of {name} is {number}.\n\n"], question=f"\n\nThe number of {name} is", answer=f" {number}")
+    return Draft(
+        needles=[f"\n\nThe number of {name} is {number}.\n\n"],
+        question=f"\n\nThe number of {name} is",
+        answer=f" {number}",
+    )
 
 
 def tracking(v: Vocabulary, rng: random.Random) -> Draft:
@@ -86,7 +94,8 @@ def documents(v: Vocabulary, rng: random.Random) -> Draft:
     """Short biographies in the text; a question about one of them."""
     names, cities, words = rng.sample(v.names, 6), [rng.choice(v.cities) for _ in range(6)], rng.sample(v.words, 6)
     needles = [
-        f"\n\n{n} works with {w} and lives in the city of {c}.\n\n" for n, c, w in zip(names, cities, words, strict=True)
+        f"\n\n{n} works with {w} and lives in the city of {c}.\n\n"
+        for n, c, w in zip(names, cities, words, strict=True)
     ]
     i = rng.randrange(6)
     question = f"\n\nQuestion: In which city does {names[i]} live?\nAnswer: {names[i]} lives in the city of"
@@ -97,7 +106,11 @@ def quote(v: Vocabulary, rng: random.Random) -> Draft:
     """A line of random words, to be continued from its first four."""
     words = " ".join(rng.choice(v.words) for _ in range(10)).split()
     line = " ".join(words)
-    return Draft(needles=[f"\n\nList: {line}\n\n"], question=f"\n\nList: {' '.join(words[:4])}", answer=" " + " ".join(words[4:9]))
+    return Draft(
+        needles=[f"\n\nList: {line}\n\n"],
+        question=f"\n\nList: {' '.join(words[:4])}",
+        answer=" " + " ".join(words[4:9]),
+    )
 
 
 LONG_TASKS: dict[str, Callable[[Vocabulary, random.Random], Draft]] = {
@@ -165,7 +178,9 @@ def _magic(name: str, word: str | None = None) -> str:
     return f"\n\nThe magic word of {name} is" + (f" {word}.\n\n" if word else "")
 
 
-def text_batch(vocabulary: Any, text: list[int], kv_len: int, num_steps: int, num_samples: int) -> tuple[Tensor, Tensor]:
+def text_batch(
+    vocabulary: Any, text: list[int], kv_len: int, num_steps: int, num_samples: int
+) -> tuple[Tensor, Tensor]:
     """Stretches of the text, evenly spread over it: [samples, kv_len] to read and [samples, num_steps] that follow."""
     start = vocabulary.start()
     length = kv_len - len(start) + num_steps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from louver.attention import DenseAttention, LouverAttention
 from louver.experiments.baselines import is_baseline, served
-from louver.experiments.baselines.coded import CODERS, Coded
+from louver.experiments.baselines.coded import CODES, CodedAttention
 from louver.experiments.baselines.ivf import TorchIvf
 from louver.policies import parse
 from louver.protocols import Guarantee, LayerAttention
@@ -44,8 +44,8 @@ def method(spec: str, backend: str = "auto") -> Method:
     """
     if spec == "dense":
         return Method(spec=spec, family="dense", guarantee="exact", make=lambda _: DenseAttention())
-    if spec in CODERS:
-        return Method(spec=spec, family=spec, guarantee="none", make=lambda _: Coded(CODERS[spec]()))
+    if spec in CODES:
+        return Method(spec=spec, family=spec, guarantee="none", make=lambda _: CodedAttention(CODES[spec]()))
     family = spec.partition(":")[0]
     if family == "torch-ivf":
         return Method(spec=spec, family=family, guarantee="none", make=TorchIvf.factory(spec))

@@ -9,9 +9,11 @@ WORDS = (
     "apple river stone cloud horse table green music paper tiger lemon chair ocean bread glass knife piano tower eagle candle "
     "forest winter silver garden bridge window orange pepper rocket violin hammer basket carpet dragon engine feather guitar "
     "helmet island jacket kitchen ladder market needle office pencil quartz ribbon saddle ticket umbrella valley wagon yellow"
-).split()
-NAMES = "Alice Bob Carol David Emma Frank Grace Henry Jack Kate Leo Mary Nick Paul Rose Sam Tom Anna Ben Clara Peter Lucy".split()
-CITIES = "Paris London Berlin Rome Madrid Vienna Tokyo Boston Dublin Moscow Cairo Sydney Delhi Chicago Seattle Austin".split()
+)
+NAMES = (
+    "Alice Bob Carol David Emma Frank Grace Henry Jack Kate Leo Mary Nick Paul Rose Sam Tom Anna Ben Clara Peter Lucy"
+)
+CITIES = "Paris London Berlin Rome Madrid Vienna Tokyo Boston Dublin Moscow Cairo Sydney Delhi Chicago Seattle Austin"
 
 
 class Vocabulary:
@@ -28,8 +30,11 @@ class Vocabulary:
     def start(self) -> list[int]:
         """What the tokenizer puts before a text."""
         with_start = self.tokenizer("a", verbose=False)["input_ids"]
-        return with_start[: max(0, len(with_start) - len(self.tokens("a")))] if with_start[-1:] == self.tokens("a") else []
+        return (
+            with_start[: max(0, len(with_start) - len(self.tokens("a")))] if with_start[-1:] == self.tokens("a") else []
+        )
 
-    def _short(self, words: list[str]) -> list[str]:
+    def _short(self, text: str) -> list[str]:
+        words = text.split()
         short = [word for word in words if len(self.tokens(" " + word)) == 1]
-        return short if len(short) >= 12 else list(words)
+        return short if len(short) >= 12 else words
