@@ -31,12 +31,14 @@ class Recorder(DenseAttention):
         super().__init__()
         self.queries: list[Tensor] = []
         self.softmax_scale = 0.0
+        self.reading = True  # what is decoded later is no part of the prompt
 
     def observe(self, queries: Tensor, kv_start: PerRow | None, softmax_scale: float) -> None:
         """Remember the queries [batch, num_q_heads, q_len, head_dim]."""
         super().observe(queries, kv_start, softmax_scale)
-        self.queries.append(queries)
-        self.softmax_scale = softmax_scale
+        if self.reading:
+            self.queries.append(queries)
+            self.softmax_scale = softmax_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Prompt:
         self.model, self.ids = model, ids
         self._cache = cache
         self.recorded: dict[int, Recorder] = {layer.layer_idx: layer.attention for layer in cache.served_layers}
+        for recorder in self.recorded.values():
+            recorder.reading = False
 
     @classmethod
     def read(
