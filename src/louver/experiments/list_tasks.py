@@ -47,7 +47,7 @@ def _sum(b: _Builder, rng: random.Random, ask: bool) -> list[int]:
         if i:
             b.add(" +", "separator" if ask else "")
         role = "relevant" if i == chosen else "other"
-        b.add(f" {number}" if b.tokens else f"{number}", role if ask else "")
+        b.add(f" {number}" if i else f"{number}", role if ask else "")
     b.add(" =")
     answer = b.vocabulary.tokens(f" {sum(numbers)}")
     if not ask:
