@@ -19,7 +19,7 @@ from louver.attention import LouverAttention
 from louver.errors import InputFileError
 from louver.experiments.audit import Audit
 from louver.experiments.baselines import Fp8, Kivi4
-from louver.experiments.baselines.coded import CodedAttention
+from louver.experiments.baselines.coded import CODES, CodedAttention
 from louver.experiments.decoding import decode, kl_nats, prefill
 from louver.experiments.demo import with_policy
 from louver.experiments.demo_model import demo_model, load_model
@@ -34,7 +34,6 @@ POLICIES = (
     "mass:0.01", "mass:0.05", "mass:0.1", "fp8", "kivi4",
 )  # fmt: skip
 MOST_TOKENS = 16  # that a LouverAttention serves at once, each as if it came alone
-CODES = {"fp8": Fp8, "kivi4": Kivi4}
 QUESTION = "What is this text about? Give the details that matter, with examples."
 
 

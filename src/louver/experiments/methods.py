@@ -54,7 +54,7 @@ def method(spec: str, backend: str = "auto") -> Method:
     policy = parse(spec)
     return Method(
         spec=policy.spec,
-        family="louver",
-        guarantee="exact" if policy.drops else "certified",
+        family="louver-retrieval" if policy.drops else "louver",  # a sketch without values serves retrieval alone
+        guarantee=policy.guarantee,
         make=lambda _: LouverAttention(policy, backend=backend),
     )

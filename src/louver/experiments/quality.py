@@ -20,7 +20,8 @@ from louver.experiments.models import load, model_name
 from louver.experiments.words import Vocabulary
 
 METHODS = (
-    "dense,exact:0.002,exact:0.01,exact:0.05,budget:0.01,budget:0.05,budget:0.1,budget:0.2,fp8,kivi4,streaming:0.2,streaming:0.35,"
+    "dense,exact:0.002,exact:0.01,exact:0.05,error:0.2,mass:0.05,budget:0.01,budget:0.05,budget:0.1,budget:0.2,"
+    "fp8,kivi4,streaming:0.2,streaming:0.35,"
     "snapkv:0.1,snapkv:0.2,snapkv:0.35,quest:0.05,quest:0.1,quest:0.2,twilight:0.85,twilight:0.95,torch-ivf:0.05,torch-ivf:0.1,"
     "h2o:0.2,h2o:0.35"
 )

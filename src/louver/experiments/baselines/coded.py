@@ -56,7 +56,9 @@ class CodedAttention(OnStore):
         return AttendResult(
             out=found.out,
             lse=found.lse,
-            stats=replace(plain_stats(num_keys, num_exact, num_exact, head_dim), index_bytes=coded_bytes.round().long()),
+            stats=replace(
+                plain_stats(num_keys, num_exact, num_exact, head_dim), index_bytes=coded_bytes.round().long()
+            ),
             certificate=nothing + torch.inf,
             arithmetic_bound=nothing,
             dropped_mass_bound=nothing,
