@@ -20,14 +20,35 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one result file, a column per (heading, field, format)."""
+    """Rows of one result file, a column per (heading, field, format); a tuple in ``where`` names several values."""
 
     file: str
     columns: tuple[tuple[str, str, str], ...]
     where: dict[str, object] = field(default_factory=dict)
 
 
+_HIDDEN = (
+    ("task", "task", ""),
+    ("hidden at each step", "hidden", ""),
+    ("keys", "num_hidden", ""),
+    ("share of keys", "hidden_fraction", ".1%"),
+    ("right", "accuracy", ".1%"),
+    ("from", "accuracy_low", ".1%"),
+    ("to", "accuracy_high", ".1%"),
+    ("same tokens", "top1_agreement", ".1%"),
+    ("KL, nats", "kl_nats", ".1e"),
+)
 TABLES = {
+    "false-negatives": Table(
+        file="false_negatives.json",
+        columns=_HIDDEN,
+        where={"hidden": ("nothing", "relevant", "separator", "other item", "first token")},
+    ),
+    "cliff": Table(
+        file="false_negatives.json",
+        columns=_HIDDEN,
+        where={"task": ("recall", "sum"), "hidden": ("irrelevant", "relevant and irrelevant", "random")},
+    ),
     "policies": Table(
         file="policies.json",
         columns=(
@@ -185,12 +206,16 @@ TABLES = {
 def render(table: Table) -> str:
     """The table in Markdown, with the device and the command its rows came from."""
     document = json.loads((RESULTS / table.file).read_text(encoding="utf-8"))
-    rows = [r for r in document["rows"] if all(r.get(key) == value for key, value in table.where.items())]
+    rows = [r for r in document["rows"] if all(_is(r.get(key), value) for key, value in table.where.items())]
     lines = ["| " + " | ".join(heading for heading, _, _ in table.columns) + " |", "|" + "---|" * len(table.columns)]
     lines += ["| " + " | ".join(cell(row.get(name), spec) for _, name, spec in table.columns) + " |" for row in rows]
     machine = document["machine"]
     source = f"{machine['device']}; `{machine['command']}`; rows in benchmarks/results/{table.file}"
     return "\n".join([*lines, "", f"({source})", ""])
+
+
+def _is(value: object, wanted: object) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
 
 
 def written(name: str) -> str:
