@@ -40,8 +40,9 @@ def synthetic(kv_len: int, shape: tuple[int, int, int], dtype: torch.dtype, seed
     room = LARGEST_BYTES // (2 * elements * dtype.itemsize)
     copies = []
     for _ in range(max(1, min(wanted, room, 64))):
-        heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        made = heavy_tailed(kv_len, **heads, dtype=dtype, seed=seed)
+        made = heavy_tailed(
+            kv_len, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, seed=seed
+        )
         index = SketchIndex.build(made.keys, made.values, made.metric_queries, backend=backend)
         copies.append(Copy(q=made.q, index=index))
     return copies

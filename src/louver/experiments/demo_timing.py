@@ -23,7 +23,9 @@ def as_shipped(model: Any, cache: Any) -> DynamicCache:
     shipped = DynamicCache(config=model.config)
     for i, layer in enumerate(cache.layers):
         if isinstance(layer, LouverLayer):
-            shipped.layers[i].update(layer.keys, layer.values)
+            keys, values = layer.keys, layer.values
+            assert keys is not None and values is not None, "the cache holds the prompt"
+            shipped.update(keys, values, i)
         else:
             shipped.layers[i] = copy.deepcopy(layer)
     return shipped
