@@ -205,7 +205,7 @@ def assert_same_sketch(one: Sketch, other: Sketch) -> None:
             assert torch.equal(a, b), f"{name} differs in row {row}"
 
 
-def policies_to_try(kv_len: int) -> list[BasePolicy]:
+def policies_to_try(kv_len: int, num_q_heads: int) -> list[BasePolicy]:
     specs = ["exact:0.01", "exact:0.2+sinks:2+recent:3", "exact:1.0", "exact:0.05+unread:0", "exact:0.05+unread:0.9"]
     specs += [
         "topk:1",
@@ -226,7 +226,6 @@ def policies_to_try(kv_len: int) -> list[BasePolicy]:
         "topk:3|mass:0.2",
         "relative:1|budget:0.3|fixed:2",
         "exact:0.05|exact:0.2+unread:0",
-        "fixed:1/fixed:3.5+sinks:1",
         "sample-max",
         "sample-topk:3+size:16+seed:5",
         "sample-mean-max",
@@ -234,4 +233,6 @@ def policies_to_try(kv_len: int) -> list[BasePolicy]:
         "sample-budget:0.2|mass:0.3",
         "dense",
     ]
+    if num_q_heads % 2 == 0:
+        specs.append("fixed:1/fixed:3.5+sinks:1")
     return [parse(s) for s in specs]

@@ -63,14 +63,14 @@ def num_asked_violations(case, result, policy):
 @given(case=cases(), part=st.integers(0, 2))
 def test_every_policy_keeps_its_certificate(backend, case, part):
     index = case.index(backend)
-    for policy in policies_to_try(case.keys.shape[2])[part::3]:
+    for policy in policies_to_try(case.keys.shape[2], case.q.shape[1])[part::3]:
         check_step(case, attend(case.q, index, policy=policy, record=True), policy)
 
 
 @given(case=cases())
 def test_a_flat_index_keeps_its_certificate(case):
     index = FlatIndex.build(case.keys, case.values, kv_start=case.kv_start, kv_len=case.kv_len)
-    for policy in policies_to_try(case.keys.shape[2]):
+    for policy in policies_to_try(case.keys.shape[2], case.q.shape[1]):
         if policy.drops or policy.name == "dense":
             check_step(case, attend(case.q, index, policy=policy, record=True), policy)
 
@@ -136,11 +136,8 @@ def test_values_near_their_mean_count_by_their_distance_from_the_output(backend,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_each_hardship_on_its_own(backend, trait, dtype):
     case = build_case(11, kv_len=70, dtype=dtype, traits=frozenset({trait}), ragged=True)
-    index, part = (
-        case.index(backend),
-        DTYPES.index(dtype),
-    )  # a third of the policies each: every trait meets all of them
-    for policy in policies_to_try(70)[part::3]:
+    index, part = case.index(backend), DTYPES.index(dtype)  # a third of the policies each: every trait meets all
+    for policy in policies_to_try(70, case.q.shape[1])[part::3]:
         check_step(case, attend(case.q, index, policy=policy, record=True), policy)
 
 
