@@ -28,7 +28,7 @@ class Config:
     num_samples: int = option(100, help="Samples per task.")
     text_len: int = option(4096, help="Tokens of text read before the ones that are judged.")
     num_texts: int = option(32, help="Stretches of text; 0 leaves the text out.")
-    batch: int = option(100, help="Samples read together (speed and memory only).")
+    batch: int = option(8, help="Samples read together (speed and memory only).")
     backend: str = option("auto", help="Which kernels; auto is the fastest here (speed only).")
     seed: int = option(0, help="Of the samples.")
 

@@ -37,7 +37,7 @@ class Config:
     num_steps: int = option(64, help="Tokens judged per stretch of text.")
     num_samples: int = option(32, help="Stretches of text.")
     policies: tuple[str, ...] = option(tuple(METHODS.split(",")), help="As for quality.")
-    batch: int = option(32, help="Stretches read together (speed and memory only).")
+    batch: int = option(4, help="Stretches read together (speed and memory only).")
     backend: str = option("auto", help="Which kernels; auto is the fastest here (speed only).")
     seed: int = option(0, help="Of the bootstrap.")
 

@@ -43,7 +43,7 @@ class Config:
     num_samples: int = option(100, help="Samples per task and length.")
     num_samples_long: int = option(25, help=f"The same from {LONG_TOKENS:,} tokens on.")
     floor: float = option(0.2, help="Leave out what the model gets right less often than this with dense attention.")
-    batch: int = option(100, help="Samples read together (speed and memory only).")
+    batch: int = option(8, help="Samples read together (speed and memory only).")
     backend: str = option("auto", help="Which kernels; auto is the fastest here (speed only).")
     seed: int = option(0, help="Of the samples.")
 
