@@ -164,7 +164,7 @@ TABLES = {
         where={"rule": "oracle-and"},
     ),
     "metric-power": Table(
-        file="pruning_metric.json",
+        file="pruning_codecs.json",
         columns=(
             ("code", "codec", ""),
             ("metric", "metric", ""),
