@@ -22,7 +22,7 @@ def finding(rows: Sequence[Row]) -> str:
             said.append(
                 f"At {row['kv_len']:,} keys {row['policy']} takes {row['latency_us'] / 1e3:.2f} ms, "
                 f"{row['speedup_vs_streamed']:.1f} times faster than streaming the cache, moves {row['moved_fraction']:.1%} "
-                f"of it and finds {row['recall']:.4g} of the keys (output error {row['output_error']:.2%})."
+                f"of it and has recall {row['recall']:.4g} (output error {row['output_error']:.2%})."
             )
     near = [row for row in rows if row["guarantee"] == "none"]
     if near:

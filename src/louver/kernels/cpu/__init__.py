@@ -1,7 +1,7 @@
 """The CPU backend: compiled kernels (csrc/) with the reference backend's ops and signatures.
 
-What is native: encode_block, bounds, step, attend_dense, search, score and attend_selection. The rest is the reference's own,
-on the same tensors: a policy that is not a rule goes through bounds and attend_tiers, which no fast path needs.
+What is native: encode_block, bounds, step and attend_dense, which is what a decode step under a rule needs. The rest is the
+reference's own, on the same tensors: a policy that is not a rule goes through native bounds and the reference's attend_tiers.
 """
 
 from louver.kernels.cpu.attend import attend_dense, step
