@@ -37,8 +37,10 @@ def test_certificates_are_checked_and_kept(outcome):
 
 def test_codes_are_charged_and_promise_nothing(outcome):
     rows, _ = outcome
-    assert rows["fp8"]["bytes_fraction"] == pytest.approx(0.5, abs=1e-3) and rows["fp8"]["guarantee"] == "none"
-    assert rows["kivi4"]["bytes_fraction"] == pytest.approx(0.3125, abs=1e-3)
+    for code, coded in (("fp8", 0.5), ("kivi4", 0.3125)):
+        open_group = (1 - coded) * 31 / 300  # at most 31 tokens of at least 300 are still exact
+        assert coded < rows[code]["bytes_fraction"] <= coded + open_group
+    assert rows["fp8"]["guarantee"] == "none"
     assert rows["fp8"]["num_bound_violations"] is None
 
 
