@@ -38,7 +38,42 @@ _HIDDEN = (
     ("same tokens", "top1_agreement", ".1%"),
     ("KL, nats", "kl_nats", ".1e"),
 )
+
+
+def _cpu(file: str) -> Table:
+    """What `louver bench --device cpu` stored: ratios only, since an absolute time says little about another processor."""
+    columns = (
+        ("keys", "kv_len", ","),
+        ("what", "policy", ""),
+        ("against our dense", "speedup_vs_dense", ".2f"),
+        ("against SDPA", "speedup_vs_sdpa", ".2f"),
+        ("against the best of torch", "speedup_vs_best_torch", ".2f"),
+        ("bytes read", "bytes_fraction", ".1%"),
+        ("output error", "output_error", ".2%"),
+        ("recall", "recall", ""),
+    )
+    return Table(file=file, columns=columns, where={"backend": "cpu"})
+
+
 TABLES = {
+    "serving": Table(
+        file="serving.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("requests", "batch", ""),
+            ("tokens of each", "kv_len", ","),
+            ("tokens/s, of stock", "speedup_vs_stock", ".2f"),
+            ("bytes read", "bytes_fraction", ".1%"),
+            ("values unread", "unread_fraction", ".1%"),
+            ("sketch / cache", "index_fraction", ".1%"),
+            ("tokens equal to stock", "equal_token_fraction", ".1%"),
+        ),
+    ),
+    "cpu": _cpu("speed_cpu.json"),
+    "cpu-131k": _cpu("speed_cpu_131k.json"),
+    "cpu-narrow-float32": _cpu("speed_cpu_smollm2_f32.json"),
+    "cpu-narrow-bfloat16": _cpu("speed_cpu_smollm2_bf16.json"),
+    "cpu-capture": _cpu("speed_cpu_capture.json"),
     "false-negatives": Table(
         file="false_negatives.json",
         columns=_HIDDEN,

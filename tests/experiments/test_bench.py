@@ -38,7 +38,7 @@ def test_ways_take_turns_over_the_copies():
     seen = []
     ways = {name: [lambda name=name, i=i: seen.append((name, i)) for i in range(2)] for name in "ab"}
     times = interleaved(ways, 2)
-    assert seen == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert seen == [("a", 0), ("b", 1), ("a", 1), ("b", 0), ("a", 0), ("b", 1), ("a", 1), ("b", 0)]
     assert [len(t) for t in times.values()] == [2, 2]
 
 

@@ -77,11 +77,11 @@ def run(config: Config, on_progress: Callable[[int, int], None] = lambda done, t
 def interleaved(
     ways: dict[str, list[Call]], repetitions: int, on_repetition: Callable[[int], None] = lambda done: None
 ) -> dict[str, list[float]]:
-    """Seconds of every repetition of every way; repetition i calls the ways one after another on copy i."""
+    """Seconds of every repetition of every way, in turn, each call on the next copy: none finds in the cache what another left."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repetition in range(-WARM_UP, repetitions):
-        for name, calls in ways.items():
-            call = calls[repetition % len(calls)]
+        for place, (name, calls) in enumerate(ways.items()):
+            call = calls[(repetition + place) % len(calls)]
             begin = time.perf_counter()
             call()
             if repetition >= 0:

@@ -10,7 +10,9 @@ from louver.experiments.chart import Axis, Chart
 from louver.experiments.plots import ACCENT, INK, QUIET, RULE
 from louver.experiments.rows import Row
 
-_COLORS = ("#1f5f92", ACCENT, "#4d92bd", "#3f7d4e", "#8a5fa8", "#a67c00", "#66727f", "#0b2e55")
+_COLORS = (
+    "#1f5f92", ACCENT, "#3f7d4e", "#8a5fa8", "#a67c00", "#66727f", "#0b2e55", "#4d92bd", "#b5527b", "#7fae3c", "#2f9c95", "#c98f6b",
+)  # fmt: skip
 _BLUES = ("#9cc4dc", "#4d92bd", "#1f5f92", "#0b2e55")
 
 
@@ -47,8 +49,13 @@ def chart_png(chart: Chart, rows: Sequence[Row]) -> bytes:
         axes.set_xlabel(f"{chart.x_axis.label}   (hollow: no guarantee)")
         axes.set_ylabel(chart.y_axis.label)
         if len(series) > 1:
-            axes.legend(frameon=False, fontsize=8, ncol=4, loc="lower right", bbox_to_anchor=(1, 1))
-        _finish(axes, f"{chart.title}   ({facts(rows[0])})" if rows else chart.title)
+            axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        shared = (
+            {name: value for name, value in rows[0].items() if all(row.get(name) == value for row in rows)}
+            if rows
+            else {}
+        )
+        _finish(axes, f"{chart.title}   ({facts(shared)})" if facts(shared) else chart.title)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
 

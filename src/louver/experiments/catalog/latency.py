@@ -16,9 +16,9 @@ def name(row: Row) -> str:
 def finding(rows: Sequence[Row]) -> str:
     """At the longest cache, each policy against what it could be replaced with."""
     last = max(row["kv_len"] for row in rows)
-    mine = [row for row in rows if row["kv_len"] == last and row["backend"] != "torch"]
+    mine = [row for row in rows if row["kv_len"] == last and row["backend"] != "torch" and row["policy"] != "dense"]
     said = [
-        f"{name(row)} takes {row['amortized_us'] / 1e3:.2f} ms, {row['speedup_vs_dense']:.2f} times as fast as dense on the same buffers, "
+        f"{name(row)} takes {row['amortized_us'] / 1e3:.2f} ms, {row['speedup_vs_dense']:.2f} times as fast as our dense kernel on the same buffers, "
         f"{row['speedup_vs_sdpa']:.2f} as SDPA and {row['speedup_vs_eager']:.2f} as eager attention on a concatenated cache"
         for row in mine
     ]
@@ -44,7 +44,8 @@ EXPERIMENT = Experiment(
         Column(heading="p80", value="latency_us_p80", spec=",.0f"),
         Column(heading="build, ms", value="build_ms", spec=",.1f"),
         Column(heading="with upkeep, µs", value="amortized_us", spec=",.0f"),
-        Column(heading="vs dense", value="speedup_vs_dense", spec=".2f"),
+        Column(heading="vs our dense", value="speedup_vs_dense", spec=".2f"),
+        Column(heading="vs SDPA in place", value="speedup_vs_sdpa_in_place", spec=".2f"),
         Column(heading="vs SDPA", value="speedup_vs_sdpa", spec=".2f"),
         Column(heading="vs eager", value="speedup_vs_eager", spec=".2f"),
         Column(heading="guarantee", value="guarantee"),
