@@ -56,6 +56,20 @@ def _cpu(file: str) -> Table:
 
 
 TABLES = {
+    "perplexity": Table(
+        file="tune.json",
+        columns=(
+            ("policy of every layer", "policy", ""),
+            ("tokens predicted", "num_steps", ","),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("perplexity", "perplexity", ".4f"),
+            ("of dense attention", "perplexity_dense", ".4f"),
+            ("KL, nats", "kl_nats", ".1e"),
+            ("p99", "kl_nats_p99", ".1e"),
+            ("same token", "top1_agreement", ".1%"),
+        ),
+        where={"stage": "all layers alike"},
+    ),
     "serving": Table(
         file="serving.json",
         columns=(

@@ -42,6 +42,21 @@ def build(case, **options) -> BallIndex:
     return BallIndex.build(case.keys, case.values, kv_start=case.kv_start, kv_len=case.kv_len, **options)
 
 
+def just_below_scores(q, keys):
+    """Thresholds a little below the best, the fourth best and the sixteenth best score: most groups can be skipped, few may be."""
+    per_head = keys.double().repeat_interleave(q.shape[1] // keys.shape[1], 1)
+    scores = (per_head @ q.double()[..., None])[..., 0].sort(-1, descending=True).values
+    return [(scores[..., rank] - 1e-3).float() for rank in (0, 3, 15)]
+
+
+def clustered(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Keys that lie close in threes, so that bounds are tight and a wrong one is soon too low."""
+    generator = torch.Generator().manual_seed(seed)
+    *rest, kv_len, head_dim = shape
+    spots = torch.randn(*rest, -(-kv_len // 3), head_dim, generator=generator).repeat_interleave(3, -2)[..., :kv_len, :]
+    return spots + 0.01 * torch.randn(shape, generator=generator)
+
+
 @every_option
 @given(case=cases(), seed=seeds())
 def test_sum_and_ta_lose_nothing_and_agree(options, case, seed):
@@ -109,40 +124,41 @@ def test_growing_loses_nothing(options, case, step, seed):
 @every_option
 def test_what_comes_after_a_cut_is_found(options):
     """New tokens take the places of old ones, inside groups that still exist."""
-    case = build_case(3, kv_len=100)
+    case, new = build_case(3, kv_len=100), clustered(2, 2, 63, 64, seed=2)
     store = DeviceStore()
     index = BallIndex(store, config=BallConfig(**{"buffer_len": 8} | options))
-    store.append(3 * torch.randn(2, 2, 90, 64), None)
+    store.append(clustered(2, 2, 90, 64, seed=1), None)
     index.refresh()
     index.truncate(37)
-    store.append(case.keys[:, :, 37:], None)
+    store.append(new, None)
     index.refresh()
-    kept = torch.cat([store.keys[:, :, :37], case.keys[:, :, 37:]], 2)
+    kept = torch.cat([store.keys[:, :, :37], new], 2)
     flat = FlatIndex.build(kept)
-    for tau in (torch.full((2, 4), 0.0), torch.full((2, 4), 12.0)):
+    for tau in (torch.full((2, 4), 0.0), *just_below_scores(case.q, kept)):
         assert torch.equal(index.search(case.q, tau).mask(100), flat.search(case.q, tau).mask(100))
 
 
 def test_rows_can_be_rearranged_and_copied():
     case = build_case(1, kv_len=64, batch=3, ragged=True)
-    store = DeviceStore.wrap(case.keys.clone(), None, case.kv_start, case.kv_len)
-    index = BallIndex(store, config=BallConfig(buffer_len=8))
+    keys = clustered(3, 2, 64, 64)
+    store = DeviceStore.wrap(keys.clone(), None, case.kv_start, case.kv_len)
+    index = BallIndex(store, config=BallConfig(buffer_len=8, group_len=3))
     index.refresh()
     ids = torch.tensor([2, 0, 0])
     twin = copy.deepcopy(index)
     index.select_batch(ids)
-    tau = torch.zeros(3, 4)
-    assert torch.equal(index.search(case.q[ids], tau).mask(64), twin.search(case.q, tau).mask(64)[ids])
+    for tau in (torch.zeros(3, 4), *just_below_scores(case.q, keys)):
+        assert torch.equal(index.search(case.q[ids], tau[ids]).mask(64), twin.search(case.q, tau).mask(64)[ids])
 
 
 def test_a_changed_padding_starts_anew():
-    case = build_case(1, kv_len=64)
-    index = build(case)
+    case, keys = build_case(1, kv_len=64), clustered(2, 2, 64, 64)
+    index = BallIndex.build(keys, buffer_len=8)
     index.store.kv_start = torch.tensor([5, 0], dtype=torch.int32)
     index.refresh()
-    flat = FlatIndex.build(case.keys, kv_start=index.store.kv_start)
-    tau = torch.zeros(2, 4)
-    assert torch.equal(index.search(case.q, tau).mask(64), flat.search(case.q, tau).mask(64))
+    flat = FlatIndex.build(keys, kv_start=index.store.kv_start)
+    for tau in (torch.zeros(2, 4), *just_below_scores(case.q, keys)):
+        assert torch.equal(index.search(case.q, tau).mask(64), flat.search(case.q, tau).mask(64))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
