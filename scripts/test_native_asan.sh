@@ -21,14 +21,11 @@ export PYTHONPATH="$build/src" LD_PRELOAD="$(runtime libasan.so) $(runtime libub
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 LOUVER_EXAMPLES="${LOUVER_EXAMPLES:-3}"
 
 # An editable install finds louver before PYTHONPATH is asked: its finder has to go.
-exec "$bin/python" -c '
-import sys
-
-sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__name__.startswith("ScikitBuild")]
+alone='import sys; sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__name__.startswith("ScikitBuild")]'
+"$bin/python" -c "$alone
 from louver.kernels.cpu import native
-
-assert "/build/asan/" in native.load().__file__, f"not the instrumented module: {native.load().__file__}"
+assert '/build/asan/' in native.load().__file__, f'not the instrumented module: {native.load().__file__}'"
+exec "$bin/python" -c "$alone
 import pytest
-
-sys.exit(pytest.main(sys.argv[1:]))
-' -q -p no:cacheprovider -m "not gpu and not vllm and not model" ${*:-tests/kernels tests/sketch tests/attention}
+sys.exit(pytest.main(sys.argv[1:]))" \
+    -q -p no:cacheprovider -m "not gpu and not vllm and not model" ${*:-tests/kernels tests/sketch tests/attention}
