@@ -2,6 +2,7 @@
 // see scan.h for the formula.
 #pragma once
 
+#include <cmath>
 #include "kernels/codes.h"
 #include "kernels/query.h"
 
@@ -205,7 +206,9 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
         const float reach = scan.group.norm[g + h] * block_norm;
         scan.block.bias[g + h] = bias_sum[h];
         scan.block.half_step[g + h] = 0.5f * step[h];
-        scan.block.offset[g + h] = 15 * static_cast<int32_t>(count_sum[h]);
+        // Of a query that is not finite there is no count; its step is not finite either, so no bound of it excludes a
+        // key.
+        scan.block.offset[g + h] = std::abs(count_sum[h]) < 1e8f ? 15 * static_cast<int32_t>(count_sum[h]) : 0;
         scan.block.slack[g + h] =
             7.5f * missed_sum[h] * (1 + kSafety * gamma(chain + 16)) + kSafety * gamma(chain + 52) * reach + kAbsolute;
         float widest = 4 * reach;

@@ -38,4 +38,4 @@ def steps(result: AttendResult, attention: LayerAttention, q_len: int) -> Iterat
         if result.exact_mask is not None:
             tensors["exact_mask"] = tensors["exact_mask"][..., : seen.kv_len]
         stats = replace(result.stats, table=result.stats.table[i::q_len])
-        yield replace(result, **(tensors | {"stats": stats})), seen
+        yield AttendResult(**(parts | tensors | {"stats": stats})), seen
