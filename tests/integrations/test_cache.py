@@ -12,6 +12,7 @@ from louver.attention import DenseAttention, LouverAttention
 from louver.errors import PolicyError
 from louver.experiments.audit import Audit
 from louver.integrations.transformers import LouverCache, attach
+from louver.kernels.cpu import crossover
 from louver.sketch.layout import SketchConfig
 
 
@@ -143,8 +144,10 @@ def test_observer_sees_every_decode_step(model, prompts):
     assert not cache.served_layers[0].attention.record
 
 
-def test_observer_sees_each_of_several_tokens(model, prompts):
+@pytest.mark.parametrize("dispatch", [False, True], ids=["sketch", "dense below the crossover"])
+def test_observer_sees_each_of_several_tokens(model, prompts, dispatch, monkeypatch):
     """Its audit finds every promise kept, against the tokens each of them may see."""
+    monkeypatch.setattr(crossover, "enabled", dispatch)
     cache, audit = attach(model, layer=short_blocks("topk:4")), Audit(drops=True)
     with torch.no_grad():
         model(**prompts.single, **cache.kwargs())

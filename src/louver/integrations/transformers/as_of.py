@@ -33,9 +33,9 @@ def steps(result: AttendResult, attention: LayerAttention, q_len: int) -> Iterat
     """(result, attention as of then) of each token of a result with rows batch * q_len."""
     for i in range(q_len):
         seen = AsOf(attention, attention.kv_len - (q_len - 1 - i))
-        parts = {f.name: getattr(result, f.name) for f in fields(result)}
+        parts: dict[str, Any] = {f.name: getattr(result, f.name) for f in fields(result)}
         tensors = {name: x[i::q_len] for name, x in parts.items() if isinstance(x, Tensor)}
         if result.exact_mask is not None:
             tensors["exact_mask"] = tensors["exact_mask"][..., : seen.kv_len]
         stats = replace(result.stats, table=result.stats.table[i::q_len])
-        yield AttendResult(**(parts | tensors | {"stats": stats})), seen
+        yield AttendResult(**{**parts, **tensors, "stats": stats}), seen
