@@ -11,14 +11,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from louver.attention.sparse import result_of
 from louver.errors import PolicyError
 from louver.index.pages import SketchPages
 from louver.kernels import get_ops
 from louver.policies.base import Dense
 from louver.policies.spec import parse
-from louver.protocols import AttendResult, CutRule, Policy, StepStats
+from louver.protocols import AttendResult, CutRule, Policy
 from louver.shapes import Cache, PerRow, Query
-from louver.sketch.accounting import byte_weights
 from louver.sketch.layout import SketchConfig
 
 
@@ -101,17 +101,7 @@ class PagedAttention:
             q, keys, values, sketch, self._rule, rows.kv_start, rows.kv_len, softmax_scale, policy.sinks, policy.recent,
             True, record, rows.block_table,
         )  # fmt: skip
-        weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
-        return AttendResult(
-            out=step.out,
-            lse=step.lse,
-            stats=StepStats(table=step.counts, byte_weights=weights, head_dim=sketch.head_dim, drops=policy.drops),
-            certificate=step.certificate,
-            arithmetic_bound=step.arithmetic_bound,
-            dropped_mass_bound=step.dropped_mass_bound,
-            tau=step.tau,
-            exact_mask=step.exact_mask,
-        )
+        return result_of(step, sketch, policy)
 
     def memory_bytes(self) -> int:
         """Bytes the sketches of all pages take."""

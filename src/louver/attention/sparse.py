@@ -15,12 +15,14 @@ from louver.errors import PolicyError, ShapeError
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.cpu.crossover import is_short
+from louver.kernels.ops import TierOutput
 from louver.policies.base import Dense
 from louver.policies.output_error import OutputError
 from louver.policies.spec import parse
 from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
 from louver.shapes import Query, Values, check_keys_values, check_query
 from louver.sketch.accounting import byte_weights
+from louver.sketch.layout import Sketch
 
 
 def attend(
@@ -134,6 +136,11 @@ def _attend_sketch(
         step = attend_within(q, index, sketch, values, policy, scale, record)
     else:
         step = attend_in_looks(q, index, sketch, values, policy, scale, keep_best, record)
+    return result_of(step, sketch, policy)
+
+
+def result_of(step: TierOutput, sketch: Sketch, policy: Policy) -> AttendResult:
+    """What a kernel's step over a sketch is to those who asked for it."""
     weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
     return AttendResult(
         out=step.out,
