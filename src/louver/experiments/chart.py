@@ -32,6 +32,11 @@ class Axis:
         return f"{100 * value:.4g}%" if self.share else f"{value:,.6g}"
 
 
+# The two axes that most experiments share.
+BYTES_READ = Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True)
+OUTPUT_ERROR = Axis(label="mean relative error of the attention output", share=True, log=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """Points, or lines through points of one series. Rows where x or y is missing are left out."""

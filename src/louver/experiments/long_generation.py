@@ -18,12 +18,10 @@ from louver.errors import InputFileError
 from louver.experiments.branching import Prompt
 from louver.experiments.compare import compare
 from louver.experiments.decoding import kl_nats
-from louver.experiments.document import read_text
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
-from louver.experiments.long_tasks import haystack, text_batch
+from louver.experiments.long_tasks import stretches
 from louver.experiments.methods import Method, method
 from louver.experiments.models import load, model_name
-from louver.experiments.words import Vocabulary
 
 QUARTERS = 4
 
@@ -60,9 +58,7 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
         UnsupportedModelError: the model does not do plain softmax attention.
     """
     model, tokenizer = load(config.model, on_progress, loaded)
-    vocabulary = Vocabulary(tokenizer)
-    text = haystack(vocabulary) if config.prompt_file is None else vocabulary.tokens(read_text(config.prompt_file))
-    prompts, _ = text_batch(vocabulary, text, config.kv_len, 0, config.num_samples)
+    prompts, _ = stretches(tokenizer, config.prompt_file, config.kv_len, 0, config.num_samples)
     head = {"data": model_name(model), "kv_len": config.kv_len + config.num_steps, "device": model.device.type}
     try:
         return [head | row for row in measure(config, model, prompts, on_progress)], {}

@@ -8,13 +8,14 @@ continues text can answer.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from louver.errors import InputFileError
-from louver.experiments.document import python_topics
+from louver.experiments.document import python_topics, read_text
 from louver.experiments.words import Vocabulary
 
 SHORTEST_TOKENS = 256
@@ -189,3 +190,16 @@ def text_batch(
     places = torch.linspace(0, len(text) - length, num_samples).long().tolist()
     rows = torch.tensor([start + text[at : at + length] for at in places])
     return rows[:, :kv_len], rows[:, kv_len:]
+
+
+def stretches(
+    tokenizer: Any, prompt_file: Path | None, kv_len: int, num_steps: int, num_samples: int
+) -> tuple[Tensor, Tensor]:
+    """``text_batch`` of a text file, or of Python's help topics.
+
+    Raises:
+        InputFileError: the text isn't there, or too short.
+    """
+    vocabulary = Vocabulary(tokenizer)
+    text = haystack(vocabulary) if prompt_file is None else vocabulary.tokens(read_text(prompt_file))
+    return text_batch(vocabulary, text, kv_len, num_steps, num_samples)

@@ -17,14 +17,12 @@ from louver.errors import InputFileError
 from louver.experiments.branching import Prompt
 from louver.experiments.compare import forced
 from louver.experiments.decoding import kl_nats
-from louver.experiments.document import read_text
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
 from louver.experiments.intervals import bootstrap
-from louver.experiments.long_tasks import haystack, text_batch
+from louver.experiments.long_tasks import stretches
 from louver.experiments.methods import Method, method
 from louver.experiments.models import load, model_name
 from louver.experiments.quality import METHODS
-from louver.experiments.words import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +86,7 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
         UnsupportedModelError: the model does not do plain softmax attention.
     """
     model, tokenizer = load(config.model, on_progress, loaded)
-    vocabulary = Vocabulary(tokenizer)
-    text = haystack(vocabulary) if config.prompt_file is None else vocabulary.tokens(read_text(config.prompt_file))
-    prompts, following = text_batch(vocabulary, text, config.kv_len, config.num_steps, config.num_samples)
+    prompts, following = stretches(tokenizer, config.prompt_file, config.kv_len, config.num_steps, config.num_samples)
     head = {"data": model_name(model), "kv_len": config.kv_len + config.num_steps, "device": model.device.type}
     try:
         return [head | row for row in measure(config, model, prompts, following, on_progress)], {}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from louver.experiments import agreement
-from louver.experiments.chart import Axis, Chart
+from louver.experiments.chart import BYTES_READ, Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
@@ -53,7 +53,7 @@ EXPERIMENT = Experiment(
             y="kl_nats",
             series="guarantee",
             label="policy",
-            x_axis=Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True),
+            x_axis=BYTES_READ,
             y_axis=Axis(label="mean KL from dense attention, nats", log=True),
         ),
     ),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from louver.experiments import long_generation
-from louver.experiments.chart import Axis, Chart
+from louver.experiments.chart import BYTES_READ, Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
@@ -42,7 +42,7 @@ EXPERIMENT = Experiment(
             x="bytes_fraction",
             y="kl_nats",
             label="policy",
-            x_axis=Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True),
+            x_axis=BYTES_READ,
             y_axis=Axis(label="KL(dense || method), nats", log=True),
         ),
     ),

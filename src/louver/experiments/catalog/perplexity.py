@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from louver.experiments import perplexity
-from louver.experiments.chart import Axis, Chart
+from louver.experiments.chart import BYTES_READ, Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
@@ -23,8 +23,6 @@ def finding(rows: Sequence[Row]) -> str:
 def _family(row: Row) -> str:
     return row["policy"].partition(":")[0]
 
-
-_BYTES = Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True)
 
 EXPERIMENT = Experiment(
     name="perplexity",
@@ -54,7 +52,7 @@ EXPERIMENT = Experiment(
             label="policy",
             kind="lines",
             where=lambda row: row["policy"] != "dense",
-            x_axis=_BYTES,
+            x_axis=BYTES_READ,
             y_axis=axis,
         )
         for title, y, axis in (

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from louver.experiments import policies
-from louver.experiments.chart import Axis, Chart
+from louver.experiments.catalog.precision import ERROR_AGAINST_BYTES
+from louver.experiments.chart import OUTPUT_ERROR, Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
-
-_BYTES = Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True)
 
 SHOWN_BY_STEP = ("mass:0.05", "budget:0.1", "error:0.2", "sample-mean-max", "sample-gap", "sample-budget:0.1")
 
@@ -48,22 +47,14 @@ EXPERIMENT = Experiment(
     ),
     finding=finding,
     charts=(
-        Chart(
-            title="Error against bytes",
-            x="bytes_fraction",
-            y="output_error",
-            series="guarantee",
-            label="policy",
-            x_axis=_BYTES,
-            y_axis=Axis(label="mean relative error of the attention output", share=True, log=True),
-        ),
+        ERROR_AGAINST_BYTES,
         Chart(
             title="Certificate against truth",
             x="output_error",
             y="output_error_bound_median",
             series="guarantee",
             label="policy",
-            x_axis=Axis(label="mean relative error of the attention output", share=True, log=True),
+            x_axis=OUTPUT_ERROR,
             y_axis=Axis(label="median certificate, relative", share=True, log=True),
         ),
         Chart(

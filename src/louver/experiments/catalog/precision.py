@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from louver.experiments import precision
-from louver.experiments.chart import Axis, Chart
+from louver.experiments.chart import BYTES_READ, OUTPUT_ERROR, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
@@ -18,6 +18,16 @@ def finding(rows: Sequence[Row]) -> str:
     said = [f"{row['policy']} errs by {row['output_error']:.2%} at {row['bytes_fraction']:.3f}" for row in named]
     return f"{'; '.join(said)} of the bytes. {violations} certificates were violated."
 
+
+ERROR_AGAINST_BYTES = Chart(
+    title="Error against bytes",
+    x="bytes_fraction",
+    y="output_error",
+    series="guarantee",
+    label="policy",
+    x_axis=BYTES_READ,
+    y_axis=OUTPUT_ERROR,
+)
 
 EXPERIMENT = Experiment(
     name="precision",
@@ -36,15 +46,5 @@ EXPERIMENT = Experiment(
         Column(heading="guarantee", value="guarantee"),
     ),
     finding=finding,
-    charts=(
-        Chart(
-            title="Error against bytes",
-            x="bytes_fraction",
-            y="output_error",
-            series="guarantee",
-            label="policy",
-            x_axis=Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True),
-            y_axis=Axis(label="mean relative error of the attention output", share=True, log=True),
-        ),
-    ),
+    charts=(ERROR_AGAINST_BYTES,),
 )

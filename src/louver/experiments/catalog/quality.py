@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from louver.experiments import quality
-from louver.experiments.chart import Axis, Chart
+from louver.experiments.chart import BYTES_READ, Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
@@ -65,7 +65,7 @@ EXPERIMENT = Experiment(
             label="policy",
             kind="lines",
             where=lambda row: row["task"] == quality.ALL and row["kv_len"] is None,
-            x_axis=Axis(label="bytes read / bytes of dense attention from a 16-bit cache", zero=True),
+            x_axis=BYTES_READ,
             y_axis=Axis(label="right answers", share=True, zero=True),
         ),
     ),
