@@ -56,6 +56,13 @@ def test_all_exact_decodes_the_tokens_of_stock_vllm(scenario, stock, all_exact):
     assert all_exact["tokens"][scenario] == stock["tokens"][scenario]
 
 
+def test_one_per_cent_exact_keeps_to_stock_vllm(stock, tiers):
+    """Not to the last token: a step may err within its certificate, which can decide a near tie, and then a text goes its own way."""
+    pairs = [pair for name in SCENARIOS for pair in zip(stock["tokens"][name], tiers["tokens"][name], strict=True)]
+    assert all(expected[:8] == found[:8] for expected, found in pairs)
+    assert sum(expected == found for expected, found in pairs) >= 2 / 3 * len(pairs)
+
+
 def test_values_are_not_read(tiers):
     assert tiers["unread_fraction"] > 0.3
 
