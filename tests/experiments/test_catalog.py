@@ -10,6 +10,7 @@ from louver.experiments.catalog import experiments
 from louver.experiments.chart import Axis, Chart
 from louver.experiments.charts import chart_png
 from louver.experiments.experiment import Column
+from louver.kernels.cpu import crossover
 
 ROWS = [
     {"x": 1.0, "y": 0.5, "kind": "a", "guarantee": "exact"},
@@ -58,3 +59,20 @@ def test_a_finding_is_worked_out_from_rows(tmp_path):
     assert f"fp8 errs by {rows[1]['output_error']:.2%} at 0.500" in said and "0 certificates" in said
     assert {row["layer"] for row in more["rows_per_layer"]} == {0, 3}
     assert all(len(line) == len(described.columns) for line in described.cells(rows))
+
+
+def test_policies_are_judged_by_what_they_do_and_times_by_what_users_get(monkeypatch):
+    monkeypatch.setattr(crossover, "enabled", True)
+    seen = {}
+
+    def watcher(name):
+        def run(config, on_progress):
+            seen[name] = crossover.enabled
+            return [], {}
+
+        return run
+
+    for described in experiments().values():
+        dataclasses.replace(described, run=watcher(described.name)).measure(None)
+    assert {name for name, dispatch in seen.items() if dispatch} == {"latency", "offload", "disk"}
+    assert crossover.enabled

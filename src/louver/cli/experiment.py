@@ -38,7 +38,7 @@ def command_of(described: Experiment) -> Any:
         read = {name: _read(name, value, hints[name]) for name, value in given.items()}
         config = described.config(**read)
         with Stages() as stages:
-            rows, more = described.run(config, stages)
+            rows, more = described.measure(config, stages)
         if json is not None:
             kept = {name: rest for name, rest in more.items() if per_layer or name != "rows_per_layer"}
             write_rows(json, rows, seed=getattr(config, "seed", 0), **kept)

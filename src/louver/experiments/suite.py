@@ -60,7 +60,7 @@ def run(
         command = command_line(described, settings)
         say(command)
         try:
-            rows, more = described.run(described.config(**settings), on_progress)
+            rows, more = described.measure(described.config(**settings), on_progress)
         except LouverError as error:
             failed[described.name] = str(error)
             continue

@@ -23,6 +23,7 @@ EXPERIMENT = Experiment(
     claim="The paper keeps its cache in CPU memory; files are Louver's own.",
     config=disk.Config,
     run=disk.run,
+    timed=True,
     quick={"gigabytes": 0.1, "layers": 1, "steps": 2},
     columns=(
         Column(heading="policy", value="policy"),

@@ -35,6 +35,7 @@ EXPERIMENT = Experiment(
     ),
     config=latency.Config,
     run=latency.run,
+    timed=True,
     quick={"kv_lens": (2048, 8192), "shape": (9, 3, 64)},
     columns=(
         Column(heading="keys", value="kv_len", spec=",d"),

@@ -41,6 +41,7 @@ EXPERIMENT = Experiment(
     claim="With the cache in CPU memory, Louver looks up in 0.07 ms on the GPU where approximate indexes take 5 to 54 ms on the CPU.",
     config=offload.Config,
     run=offload.run,
+    timed=True,
     quick={"kv_lens": (16384,), "ann_kv_lens": (16384,), "shape": (8, 2, 64), "repetitions": 5},
     columns=(
         Column(heading="keys", value="kv_len", spec=","),

@@ -30,7 +30,10 @@ function explain(node, text) {
 
 // ---- axes
 function written(value, axis) {
-  const round = (v) => Number(v.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 6 });
+  const round = (v) =>
+    v && Math.abs(v) < 1e-4
+      ? Number(v.toPrecision(3)).toExponential()
+      : Number(v.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 6 });
   return axis.share ? round(100 * value) + "%" : round(value);
 }
 function scale(values, axis, from, to) {

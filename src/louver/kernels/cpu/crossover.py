@@ -5,6 +5,8 @@ sketch, which is what tests of its machinery want.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from louver.shapes import Keys, PerRow
 
@@ -24,3 +26,14 @@ def is_short(keys: Keys, kv_start: PerRow, kv_len: PerRow, drops: bool) -> bool:
     if tokens * batch <= most:  # without asking how long each row is
         return True
     return batch > 1 and int((kv_len - kv_start).sum()) <= most
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Dispatch on or off for a while: off where a policy is to be judged, since below the crossover none is followed."""
+    global enabled
+    before, enabled = enabled, on
+    try:
+        yield
+    finally:
+        enabled = before
