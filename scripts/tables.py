@@ -187,6 +187,32 @@ TABLES = {
             ("output error", "output_error", ".2%"),
         ),
     ),
+    "retrievers": Table(
+        file="quality_retrievers.json",
+        columns=(
+            ("method", "policy", ""),
+            ("keys fetched", "exact_fraction", ".1%"),
+            ("bytes read, index included", "bytes_fraction", ".3f"),
+            ("right", "accuracy", ".1%"),
+            ("from", "accuracy_low", ".1%"),
+            ("to", "accuracy_high", ".1%"),
+            ("same token as dense", "top1_agreement", ".1%"),
+            ("KL, nats", "kl_nats", ".1e"),
+        ),
+        where={"task": "all", "kv_len": 1024},
+    ),
+    "retrieval-cpu": Table(
+        file="offload_cpu.json",
+        columns=(
+            ("index", "index", ""),
+            ("keys asked for", "policy", ""),
+            ("lookup, µs", "lookup_us", ",.0f"),
+            ("moved", "moved_fraction", ".1%"),
+            ("recall", "recall", ".3f"),
+            ("guarantee", "guarantee", ""),
+        ),
+        where={"kv_len": 40000, "store": "host"},
+    ),
     "disk": Table(
         file="disk.json",
         columns=(
