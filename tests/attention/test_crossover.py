@@ -5,8 +5,8 @@ import torch
 
 from helpers import build_case, true_scores, within_certificate
 from louver import LouverAttention, attend
-from louver.kernels import available_backends
-from louver.kernels.cpu import crossover
+from louver.kernels import available_backends, crossover
+from louver.kernels.cpu.crossover import is_short
 from louver.sketch import SketchConfig
 
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="the crossover is the compiled backend's")
@@ -43,10 +43,10 @@ def test_where_it_lies(monkeypatch, tokens, drops, short):
     monkeypatch.setattr(crossover, "enabled", True)
     keys = torch.empty(1, 3, 1, 64).expand(1, 3, tokens, 64)
     rows = torch.zeros(1, dtype=torch.int32), torch.full((1,), tokens, dtype=torch.int32)
-    assert crossover.is_short(keys, *rows, drops) is short
+    assert is_short(keys, *rows, drops) is short
     monkeypatch.setattr(crossover, "enabled", False)
-    assert not crossover.is_short(keys, *rows, drops)
+    assert not is_short(keys, *rows, drops)
     monkeypatch.setattr(crossover, "enabled", True)
     two = keys.expand(2, -1, -1, -1)  # one long row and one of nothing: what counts is their sum
     lengths = torch.tensor([0, tokens], dtype=torch.int32)
-    assert crossover.is_short(two, torch.zeros(2, dtype=torch.int32), lengths, drops) is short
+    assert is_short(two, torch.zeros(2, dtype=torch.int32), lengths, drops) is short

@@ -10,7 +10,7 @@ from louver.experiments.catalog import experiments
 from louver.experiments.chart import Axis, Chart
 from louver.experiments.charts import chart_png
 from louver.experiments.experiment import Column
-from louver.kernels.cpu import crossover
+from louver.kernels import crossover
 
 ROWS = [
     {"x": 1.0, "y": 0.5, "kind": "a", "guarantee": "exact"},

@@ -12,7 +12,7 @@ from louver.attention import DenseAttention, LouverAttention
 from louver.errors import PolicyError
 from louver.experiments.audit import Audit
 from louver.integrations.transformers import LouverCache, attach
-from louver.kernels.cpu import crossover
+from louver.kernels import crossover
 from louver.sketch.layout import SketchConfig
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from louver.experiments.chart import Chart, Pick, pick
 from louver.experiments.rows import Row
-from louver.kernels.cpu import crossover
+from louver.kernels import crossover
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 Outcome = tuple[

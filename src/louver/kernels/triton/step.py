@@ -24,6 +24,7 @@ from torch import Tensor
 
 from louver.geometry.rounded_query import TENSOR_UNIT, rounded_query_slack
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma, radius_inflation
+from louver.kernels import crossover as dispatch
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
 from louver.kernels.triton import native, runtime
@@ -172,7 +173,9 @@ def step(
     record_here = record and block_table is None
     width = batch * keys.shape[1] * head_dim
     short = longest * min(width, CROSSOVER_WIDTH) <= crossover["drop" if rule.drop else "keep"] * CROSSOVER_WIDTH
-    short = short and not (keys.is_cuda and runtime.in_host_memory(keys))  # the bus makes dense slow at any length
+    short = (
+        short and dispatch.enabled and not (keys.is_cuda and runtime.in_host_memory(keys))
+    )  # the bus makes dense slow at any length
     if short and not record_here and keys.dtype == values.dtype:
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
         return _output(out, evidence, counts, None)
