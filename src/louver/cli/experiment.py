@@ -17,13 +17,16 @@ from louver.cli.lists import split_list
 from louver.experiments.catalog import experiments
 from louver.experiments.charts import can_draw, chart_png, facts
 from louver.experiments.experiment import Experiment
+from louver.experiments.journal import Journal
 from louver.experiments.rows import write_bytes, write_rows
 
 experiment = typer.Typer(help="Measure bounds, policies and baselines on a real model.", no_args_is_help=True)
 
 WIDEST_TABLE = 200
 
-Json = Annotated[Path | None, typer.Option(help="Write the rows to this file.")]
+Json = Annotated[
+    Path | None, typer.Option(help="Write the rows to this file; what a long run has so far is beside it.")
+]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Add rows_per_layer to the file.")]
 Plot = Annotated[Path, typer.Option(help="The picture to write; a number is added to its name for a second one.")]
 
@@ -38,10 +41,11 @@ def command_of(described: Experiment) -> Any:
         read = {name: _read(name, value, hints[name]) for name, value in given.items()}
         config = described.config(**read)
         with Stages() as stages:
-            rows, more = described.measure(config, stages)
+            rows, more = described.measure(config, stages, journal := Journal.beside(json))
         if json is not None:
             kept = {name: rest for name, rest in more.items() if per_layer or name != "rows_per_layer"}
             write_rows(json, rows, seed=getattr(config, "seed", 0), **kept)
+            journal.close()
         print_whole(table_of(described, rows))
         console.print(f"\n{described.finding(rows)}", soft_wrap=True)
         _draw(described, {"rows": rows, **more}, plot)

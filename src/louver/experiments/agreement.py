@@ -25,6 +25,7 @@ from louver.experiments.demo import with_policy
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.document import Document, build_prompt, python_topics
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
+from louver.experiments.journal import Journal
 from louver.kv.device import DeviceStore
 from louver.policies import Mass, OutputError, parse
 from louver.protocols import AttendResult, LayerAttention
@@ -50,8 +51,13 @@ class Config:
     backend: str = option("auto", help="Which kernels; auto is the fastest here.")
 
 
-def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, Any] | None = None) -> Outcome:
-    """Rows, one per policy over all prompts; and rows per prompt.
+def run(
+    config: Config,
+    on_progress: Progress = no_progress,
+    loaded: tuple[Any, Any] | None = None,
+    journal: Journal | None = None,
+) -> Outcome:
+    """Rows, one per policy over all prompts; and rows per prompt. What ``journal`` holds is not measured again.
 
     Raises:
         PolicyError, InputFileError, UnsupportedModelError: something in the config can't be used.
@@ -62,13 +68,22 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
     if config.steps < 1 or config.prompt_tokens < 1 or config.audit_stride < 1:
         raise InputFileError("steps, prompt_tokens and audit_stride must be at least 1")
     model, tokenizer = loaded or (load_model(config.model) if config.model else demo_model())
+    journal = journal or Journal()
     total = len(config.prompts) * len(config.policies)
     per_prompt: list[dict[str, Any]] = []
     try:
         for number in config.prompts:
-            branches = _Branches(config, model, tokenizer, number)
+            same = {"model": config.model, "prompt": number} | {
+                name: getattr(config, name) for name in ("prompt_tokens", "steps", "audit_stride")
+            }
+            branches = None
             for spec in config.policies:
-                per_prompt.append(branches.row(spec))
+                row = journal.get(**same, agreement=spec)
+                if row is None:
+                    branches = branches or _Branches(config, model, tokenizer, number)
+                    row = branches.row(spec)
+                    journal.put(row, **same, agreement=spec)
+                per_prompt.append(row)
                 on_progress("Decoding, policy by policy", len(per_prompt), total)
     finally:
         model.set_attn_implementation("sdpa")  # as it came

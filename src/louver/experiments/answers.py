@@ -1,6 +1,7 @@
 """Answers judged: right or wrong, and how close to what the full model says."""
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,6 +50,16 @@ class Judged:
     def joined(cls, parts: list["Judged"]) -> "Judged":
         """Samples of several batches as one."""
         return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
+
+    def plain(self) -> dict[str, list[Any]]:
+        """As JSON can hold it."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+
+    @classmethod
+    def read(cls, plain: dict[str, list[Any]]) -> "Judged":
+        """What ``plain`` gave."""
+        kinds = {"correct": torch.bool}
+        return cls(**{name: torch.tensor(x, dtype=kinds.get(name, torch.float64)) for name, x in plain.items()})
 
     def fields(self, seed: int = 0) -> dict[str, float | int | bool]:
         """Fields of a result row, with 95% intervals over samples."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from louver.experiments import perplexity, quality
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
+from louver.experiments.journal import Journal
 from louver.experiments.models import load
 
 KEPT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -51,17 +52,22 @@ class Config:
         return perplexity.Config(**shared, kv_len=self.text_len, num_samples=self.num_texts)
 
 
-def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, Any] | None = None) -> Outcome:
-    """A row per task and share kept, then one per share for text.
+def run(
+    config: Config,
+    on_progress: Progress = no_progress,
+    loaded: tuple[Any, Any] | None = None,
+    journal: Journal | None = None,
+) -> Outcome:
+    """A row per task and share kept, then one per share for text. What ``journal`` holds is not measured again.
 
     Raises:
         InputFileError: the model isn't there, or a task does not fit a length.
         UnsupportedModelError: the model does not do plain softmax attention.
     """
     loaded = load(config.model, on_progress, loaded)
-    rows, _ = quality.run(config.on_tasks(), on_progress, loaded)
+    rows, _ = quality.run(config.on_tasks(), on_progress, loaded, journal)
     if config.num_texts:
-        text, _ = perplexity.run(config.on_text(), on_progress, loaded)
+        text, _ = perplexity.run(config.on_text(), on_progress, loaded, journal)
         rows += [{"task": "text", **row} for row in text]
     for row in rows:
         row["kept_fraction"] = None if row["policy"] == "dense" else float(row["policy"].partition(":")[2])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from louver.experiments.chart import Chart, Pick, pick
+from louver.experiments.journal import Journal
 from louver.experiments.rows import Row
 from louver.kernels import crossover
 
@@ -59,18 +60,20 @@ class Experiment:
     summary: str  # one line, for --help and the report
     claim: str  # what the paper says
     config: type  # a frozen keyword-only dataclass; its fields made with ``option`` are options
-    run: Callable[..., Outcome]  # run(config, on_progress)
+    run: Callable[..., Outcome]  # run(config, on_progress), with a ``journal`` as well if it ``resumes``
     columns: tuple[Column, ...]
     finding: Callable[[Sequence[Row]], str]
     charts: tuple[Chart, ...] = ()
     caveat: str = ""  # why the two differ, or what can't be compared here
+    resumes: bool = False  # it takes minutes to hours: an aborted run goes on from its journal
     timed: bool = False  # what it measures is time, so short caches are attended densely, as users have it
     quick: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # settings for `make experiments` without --full
 
-    def measure(self, config: Any, on_progress: Progress = no_progress) -> Outcome:
+    def measure(self, config: Any, on_progress: Progress = no_progress, journal: Journal | None = None) -> Outcome:
         """``run``; unless time is measured, every step goes through the policy it is to show, however short the cache."""
+        more = {"journal": journal} if self.resumes and journal is not None else {}
         with crossover.switched(crossover.enabled and self.timed):
-            return self.run(config, on_progress)
+            return self.run(config, on_progress, **more)
 
     def cells(self, rows: Sequence[Row]) -> list[list[str]]:
         """The table, without its headings."""

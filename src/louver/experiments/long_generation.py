@@ -19,6 +19,7 @@ from louver.experiments.branching import Prompt
 from louver.experiments.compare import compare
 from louver.experiments.decoding import kl_nats
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
+from louver.experiments.journal import Journal
 from louver.experiments.long_tasks import stretches
 from louver.experiments.methods import Method, method
 from louver.experiments.models import load, model_name
@@ -50,8 +51,15 @@ class Config:
         return [method(spec, self.backend) for spec in dict.fromkeys(self.policies) if spec != "dense"]
 
 
-def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, Any] | None = None) -> Outcome:
+def run(
+    config: Config,
+    on_progress: Progress = no_progress,
+    loaded: tuple[Any, Any] | None = None,
+    journal: Journal | None = None,
+) -> Outcome:
     """A row per method; ``kl_nats_quarters`` and ``top1_agreement_quarters`` say how it went along the way.
+
+    What ``journal`` holds is not measured again.
 
     Raises:
         InputFileError: the model or the text isn't there, or the text is too short.
@@ -61,16 +69,32 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
     prompts, _ = stretches(tokenizer, config.prompt_file, config.kv_len, 0, config.num_samples)
     head = {"data": model_name(model), "kv_len": config.kv_len + config.num_steps, "device": model.device.type}
     try:
-        return [head | row for row in measure(config, model, prompts, on_progress)], {}
+        return [head | row for row in measure(config, model, prompts, on_progress, journal)], {}
     finally:
         model.set_attn_implementation("sdpa")
 
 
 def measure(
-    config: Config, model: Any, prompts: Tensor, on_progress: Progress = no_progress
+    config: Config, model: Any, prompts: Tensor, on_progress: Progress = no_progress, journal: Journal | None = None
 ) -> Iterator[dict[str, Any]]:
     """A row per method after these prompts [samples, kv_len]."""
-    prompt = Prompt.read(model, prompts)
+    journal, methods = journal or Journal(), config.methods()
+    same = {
+        name: getattr(config, name)
+        for name in ("model", "prompt_file", "kv_len", "num_steps", "num_samples", "by_itself")
+    }
+    keys = {one.spec: {**same, "generation": one.spec} for one in methods}
+    missing = [one for one in methods if journal.get(**keys[one.spec]) is None]
+    if missing:
+        for spec, row in _rows(config, Prompt.read(model, prompts), missing, on_progress):
+            journal.put(row, **keys[spec])
+    for key in keys.values():
+        yield journal.get(**key)
+
+
+def _rows(
+    config: Config, prompt: Prompt, methods: list[Method], on_progress: Progress
+) -> Iterator[tuple[str, dict[str, Any]]]:
     steps = config.num_steps
 
     def told(what: str) -> Any:
@@ -79,26 +103,28 @@ def measure(
     path, _ = prompt.greedy(prompt.recorded, steps, told("dense"))
     # Dense, fed its own path the way the others are: the same kernels for the same numbers of tokens.
     full = prompt.forced(prompt.recorded, path).logits
-    methods = config.methods()
-    alone: dict[str, Tensor] = {}
-    if config.by_itself:
-        for one in methods:
-            alone[one.spec], _ = prompt.greedy(prompt.served_by(one.make), steps, told(one.spec))
     for one, decoded in compare(prompt, methods, lambda layers: prompt.forced(layers, path)):
+        alone = {}
+        if config.by_itself:
+            tokens, _ = prompt.greedy(prompt.served_by(one.make), steps, told(one.spec))
+            alone = _alone(tokens, path)
         kl = torch.stack([kl_nats(p, q) for p, q in zip(full, decoded.logits, strict=True)])
         agrees = decoded.logits.argmax(-1) == full.argmax(-1)
-        yield {
-            "policy": one.spec,
-            "guarantee": one.guarantee,
-            "bytes_fraction": decoded.bytes_fraction,
-            "num_tokens": path.numel(),
-            "kl_nats": kl.mean().item(),
-            "kl_nats_p99": kl.flatten().double().quantile(0.99).item(),
-            "kl_nats_quarters": [part.mean().item() for part in kl.tensor_split(QUARTERS, 1)],
-            "top1_agreement": agrees.double().mean().item(),
-            "top1_agreement_quarters": [part.double().mean().item() for part in agrees.tensor_split(QUARTERS, 1)],
-            **(_alone(alone[one.spec], path) if one.spec in alone else {}),
-        }
+        yield (
+            one.spec,
+            {
+                "policy": one.spec,
+                "guarantee": one.guarantee,
+                "bytes_fraction": decoded.bytes_fraction,
+                "num_tokens": path.numel(),
+                "kl_nats": kl.mean().item(),
+                "kl_nats_p99": kl.flatten().double().quantile(0.99).item(),
+                "kl_nats_quarters": [part.mean().item() for part in kl.tensor_split(QUARTERS, 1)],
+                "top1_agreement": agrees.double().mean().item(),
+                "top1_agreement_quarters": [part.double().mean().item() for part in agrees.tensor_split(QUARTERS, 1)],
+                **alone,
+            },
+        )
 
 
 def _alone(tokens: Tensor, path: Tensor) -> dict[str, Any]:

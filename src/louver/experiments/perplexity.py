@@ -19,6 +19,7 @@ from louver.experiments.compare import forced
 from louver.experiments.decoding import kl_nats
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
 from louver.experiments.intervals import bootstrap
+from louver.experiments.journal import Journal
 from louver.experiments.long_tasks import stretches
 from louver.experiments.methods import Method, method
 from louver.experiments.models import load, model_name
@@ -63,6 +64,15 @@ class Tokens:
         kl = torch.stack([kl_nats(p, q) for p, q in zip(full, logits, strict=True)])
         return cls(surprise=surprise.double().cpu(), kl=kl.cpu(), agrees=(logits.argmax(-1) == full.argmax(-1)).cpu())
 
+    def plain(self) -> dict[str, list[Any]]:
+        """As JSON can hold it."""
+        return {name: x.tolist() for name, x in vars(self).items()}
+
+    @classmethod
+    def joined(cls, parts: list[dict[str, list[Any]]]) -> "Tokens":
+        """Several ``plain`` ones as one."""
+        return cls(**{name: torch.cat([torch.tensor(part[name]).double() for part in parts]) for name in parts[0]})
+
     def row(self, dense: "Tokens", seed: int) -> dict[str, Any]:
         """Fields of a result row. Intervals are over stretches of text, whose tokens are not independent of each other."""
         added = bootstrap((self.surprise - dense.surprise).mean(1), seed)
@@ -78,8 +88,13 @@ class Tokens:
         }
 
 
-def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, Any] | None = None) -> Outcome:
-    """A row per method.
+def run(
+    config: Config,
+    on_progress: Progress = no_progress,
+    loaded: tuple[Any, Any] | None = None,
+    journal: Journal | None = None,
+) -> Outcome:
+    """A row per method. What ``journal`` holds is not measured again.
 
     Raises:
         InputFileError: the model or the text isn't there, or the text is too short.
@@ -89,30 +104,38 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
     prompts, following = stretches(tokenizer, config.prompt_file, config.kv_len, config.num_steps, config.num_samples)
     head = {"data": model_name(model), "kv_len": config.kv_len + config.num_steps, "device": model.device.type}
     try:
-        return [head | row for row in measure(config, model, prompts, following, on_progress)], {}
+        return [head | row for row in measure(config, model, prompts, following, on_progress, journal)], {}
     finally:
         model.set_attn_implementation("sdpa")
 
 
 def measure(
-    config: Config, model: Any, prompts: Tensor, following: Tensor, on_progress: Progress = no_progress
+    config: Config,
+    model: Any,
+    prompts: Tensor,
+    following: Tensor,
+    on_progress: Progress = no_progress,
+    journal: Journal | None = None,
 ) -> Iterator[dict[str, Any]]:
     """A row per method, for what follows the prompts."""
-    found: dict[str, list[tuple[Tokens, float]]] = {}
-    methods, starts = config.methods(), range(0, len(prompts), config.batch)
+    journal, methods, found = journal or Journal(), config.methods(), {}
+    same = {name: getattr(config, name) for name in ("model", "prompt_file", "kv_len", "num_steps", "num_samples")}
+    starts = range(0, len(prompts), config.batch)
     for number, start in enumerate(starts):
-        part = slice(start, start + config.batch)
-        prompt, expected = Prompt.read(model, prompts[part]), following[part]
-        full = prompt.forced(prompt.recorded, expected).logits
-        for done, (one, decoded) in enumerate(forced(prompt, methods, expected)):
-            tokens = Tokens.of(decoded.logits, full, expected)
-            found.setdefault(one.spec, []).append((tokens, decoded.bytes_fraction))
-            on_progress("Continue the text", number * len(methods) + done + 1, len(starts) * len(methods))
-    joined = {
-        spec: Tokens(**{name: torch.cat([getattr(t, name) for t, _ in parts]) for name in ("surprise", "kl", "agrees")})
-        for spec, parts in found.items()
-    }
+        part = slice(start, min(start + config.batch, len(prompts)))
+        keys = {one.spec: {**same, "samples": [part.start, part.stop], "text": one.spec} for one in methods}
+        missing = [one for one in methods if journal.get(**keys[one.spec]) is None]
+        if missing:
+            prompt, expected = Prompt.read(model, prompts[part]), following[part]
+            full = prompt.forced(prompt.recorded, expected).logits
+            for done, (one, decoded) in enumerate(forced(prompt, missing, expected)):
+                tokens = Tokens.of(decoded.logits, full, expected)
+                journal.put([tokens.plain(), decoded.bytes_fraction, len(expected)], **keys[one.spec])
+                on_progress("Continue the text", number * len(methods) + done + 1, len(starts) * len(methods))
+        for spec, key in keys.items():
+            found.setdefault(spec, []).append(journal.get(**key))
+    joined = {spec: Tokens.joined([tokens for tokens, *_ in parts]) for spec, parts in found.items()}
     for one in methods:
-        share = sum(x for _, x in found[one.spec]) / len(found[one.spec])
+        share = sum(x * n for _, x, n in found[one.spec]) / len(prompts)
         fields = {"policy": one.spec, "guarantee": one.guarantee, "bytes_fraction": share}
         yield fields | joined[one.spec].row(joined["dense"], config.seed)

@@ -14,6 +14,7 @@ from louver.experiments.answers import Judged
 from louver.experiments.branching import Prompt
 from louver.experiments.compare import forced
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
+from louver.experiments.journal import Journal
 from louver.experiments.long_tasks import LONG_TASKS, SHORTEST_TOKENS, LongBatch, haystack, long_batch
 from louver.experiments.methods import Method, method
 from louver.experiments.models import load, model_name
@@ -69,8 +70,15 @@ class Config:
         return self.num_samples_long if kv_len >= LONG_TOKENS else self.num_samples
 
 
-def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, Any] | None = None) -> Outcome:
+def run(
+    config: Config,
+    on_progress: Progress = no_progress,
+    loaded: tuple[Any, Any] | None = None,
+    journal: Journal | None = None,
+) -> Outcome:
     """A row per task, length and method; then one per length and method, and per method, over all tasks the model can do.
+
+    What ``journal`` holds is not measured again.
 
     Raises:
         InputFileError: the model isn't there, or a task does not fit a length.
@@ -87,7 +95,8 @@ def run(config: Config, on_progress: Progress = no_progress, loaded: tuple[Any, 
         for done, (kv_len, task) in enumerate(cells):
             on_progress("Answer, task by task", done, len(cells))
             batch = long_batch(task, vocabulary, text, kv_len, config.samples_at(kv_len), config.seed)
-            cell = measure(config, model, batch)
+            key = {"model": config.model, "task": task, "kv_len": kv_len, "seed": config.seed}
+            cell = measure(config, Asked(model, batch, journal or Journal(), key))
             rows += [head | {"task": task, "kv_len": kv_len} | row for row in rows_of(config, cell)]
             if len(cell) > 1:
                 able.setdefault(kv_len, []).append(cell)
@@ -121,6 +130,15 @@ class Answers:
         judged = Judged.joined([part.judged for part in parts])
         return cls(judged=judged, bytes_fraction=mean("bytes_fraction"), exact_fraction=mean("exact_fraction"))
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return vars(self) | {"judged": self.judged.plain()}
+
+    @classmethod
+    def read(cls, plain: dict[str, Any]) -> "Answers":
+        """What ``plain`` gave."""
+        return cls(**plain | {"judged": Judged.read(plain["judged"])})
+
 
 Cell = dict[str, Answers]  # by method
 
@@ -130,24 +148,50 @@ def joined(cells: list[Cell]) -> Cell:
     return {spec: Answers.joined([cell[spec] for cell in cells]) for spec in cells[0]}
 
 
-def measure(config: Config, model: Any, samples: LongBatch) -> Cell:
-    """The answers of every method to one task at one length; of dense alone where the model is below the floor."""
-    methods, parts = config.methods(), []
-    for start in range(0, len(samples.prompts), config.batch):
-        part = slice(start, start + config.batch)
-        answers, counts = samples.answers[part], samples.counts[part]
-        prompt = Prompt.read(model, samples.prompts[part])
+class Asked:
+    """The samples of one task and length, asked of methods part by part; what the journal has is not asked again."""
+
+    def __init__(self, model: Any, samples: LongBatch, journal: Journal, key: dict[str, Any]) -> None:
+        self.samples = samples
+        self._model, self._journal, self._key = model, journal, key
+        self._read: tuple[slice, Prompt] | None = None  # the prompts read last
+
+    def answers(self, methods: list[Method], part: slice) -> Cell:
+        """What these methods answer to a part of the samples."""
+        keys = {one.spec: {**self._key, "samples": [part.start, part.stop], "policy": one.spec} for one in methods}
+        cell = {
+            spec: Answers.read(kept) for spec, key in keys.items() if (kept := self._journal.get(**key)) is not None
+        }
+        missing = [one for one in methods if one.spec not in cell]
+        if not missing:
+            return cell
+        prompt, answers, counts = self._prompt(part), self.samples.answers[part], self.samples.counts[part]
         full = prompt.forced(prompt.recorded, answers).logits
-        if not start and Judged.of(full, full, answers, counts).correct.double().mean() < config.floor:
-            methods = methods[:1]
-        cell = {}
-        for one, decoded in forced(prompt, methods, answers):
+        for one, decoded in forced(prompt, missing, answers):
             judged = Judged.of(decoded.logits, full, answers, counts)
             shares = {name: getattr(decoded, name) for name in ("bytes_fraction", "exact_fraction")}
             cell[one.spec] = Answers(judged=judged, **shares)
-        parts.append(cell)
-        del prompt  # before the next one is read
-    return joined(parts)
+            self._journal.put(cell[one.spec].plain(), **keys[one.spec])
+        return cell
+
+    def _prompt(self, part: slice) -> Prompt:
+        if self._read is None or self._read[0] != part:
+            self._read = None  # give the memory back before more is taken
+            self._read = part, Prompt.read(self._model, self.samples.prompts[part])
+        return self._read[1]
+
+
+def measure(config: Config, asked: Asked) -> Cell:
+    """The answers of every method to one task at one length; of dense alone where the model is below the floor."""
+    dense, *others = config.methods()
+    total = len(asked.samples.prompts)
+    parts = [slice(start, min(start + config.batch, total)) for start in range(0, total, config.batch)]
+    cells = [asked.answers([dense], part) for part in parts]
+    if joined(cells)["dense"].judged.correct.double().mean() < config.floor:
+        return joined(cells)
+    for cell, part in reversed(list(zip(cells, parts, strict=True))):  # the part read last comes first
+        cell |= asked.answers(others, part)
+    return joined(cells)
 
 
 def rows_of(config: Config, cell: Cell) -> Iterator[dict[str, Any]]:

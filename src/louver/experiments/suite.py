@@ -14,6 +14,7 @@ from louver.experiments import capture as captures
 from louver.experiments.catalog import experiments
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.experiment import Experiment, Progress, no_progress
+from louver.experiments.journal import Journal
 from louver.experiments.rows import write_rows
 
 QUICK_TOKENS, FULL_TOKENS = 4096, 8192
@@ -59,13 +60,15 @@ def run(
         settings = settings_of(described, config, capture)
         command = command_line(described, settings)
         say(command)
+        path = config.out / f"{described.name}.json"
+        journal = Journal.beside(path)
         try:
-            rows, more = described.measure(described.config(**settings), on_progress)
+            rows, more = described.measure(described.config(**settings), on_progress, journal)
         except LouverError as error:
             failed[described.name] = str(error)
             continue
-        path = config.out / f"{described.name}.json"
         write_rows(path, rows, seed=settings.get("seed", 0), command=command, **more)
+        journal.close()
         written.append(path)
     return written, failed
 

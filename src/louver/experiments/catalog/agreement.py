@@ -34,6 +34,7 @@ EXPERIMENT = Experiment(
     claim="The paper reports tasks; here every next-token distribution is compared with dense attention's.",
     config=agreement.Config,
     run=agreement.run,
+    resumes=True,
     columns=(
         Column(heading="policy", value="policy"),
         Column(heading="bytes / dense", value="bytes_fraction", spec=".3f"),

@@ -30,6 +30,7 @@ EXPERIMENT = Experiment(
     claim="Dropping keys can help: MATH-500 improves from 58 to 62 with 10% of the keys.",
     config=denoising.Config,
     run=denoising.run,
+    resumes=True,
     columns=(
         Column(heading="task", value="task"),
         Column(heading="tokens", value="kv_len", spec=",d"),

@@ -24,6 +24,7 @@ EXPERIMENT = Experiment(
     claim="Errors of sparse attention accumulate over long reasoning traces.",
     config=long_generation.Config,
     run=long_generation.run,
+    resumes=True,
     columns=(
         Column(heading="method", value="policy"),
         Column(heading="bytes / dense", value="bytes_fraction", spec=".3f"),

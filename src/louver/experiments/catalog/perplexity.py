@@ -30,6 +30,7 @@ EXPERIMENT = Experiment(
     claim="Louver decodes as full attention does while it reads a fraction of the cache.",
     config=perplexity.Config,
     run=perplexity.run,
+    resumes=True,
     columns=(
         Column(heading="method", value="policy"),
         Column(heading="bytes / dense", value="bytes_fraction", spec=".3f"),

@@ -42,6 +42,7 @@ EXPERIMENT = Experiment(
     claim="At a budget of 10% Louver answers as well as full attention, other sparse methods do not.",
     config=quality.Config,
     run=quality.run,
+    resumes=True,
     columns=(
         Column(heading="task", value="task"),
         Column(heading="tokens", value="kv_len", spec=",d"),
