@@ -5,16 +5,22 @@
 """
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from louver.attention import DenseAttention, LouverAttention
-from louver.experiments.baselines import is_baseline, served
+from louver.errors import PolicyError
+from louver.experiments.baselines import NAMES as BASELINES
+from louver.experiments.baselines import served
 from louver.experiments.baselines.coded import CODES, CodedAttention
 from louver.experiments.baselines.ivf import TorchIvf
 from louver.policies import parse
+from louver.policies.spec import known_policies
 from louver.protocols import Guarantee, LayerAttention
 
+_POLICIES = re.findall(r"^[\w-]+", "\n".join(known_policies()), re.MULTILINE)
+NAMES = (*_POLICIES, *CODES, *BASELINES, "torch-ivf")  # what a specification can begin with
 _SETTINGS = ("policy", "budget", "p")  # of a LayerAttention: what a step keeps, not what it knows
 
 
@@ -42,14 +48,16 @@ def method(spec: str, backend: str = "auto") -> Method:
     Raises:
         PolicyError: there is none.
     """
+    family = re.split(r"[^\w-]", spec, maxsplit=1)[0]
+    if family not in NAMES:
+        raise PolicyError(f"no method {family!r}; there are {', '.join(NAMES)}")
     if spec == "dense":
         return Method(spec=spec, family="dense", guarantee="exact", make=lambda _: DenseAttention())
     if spec in CODES:
         return Method(spec=spec, family=spec, guarantee="none", make=lambda _: CodedAttention(CODES[spec]()))
-    family = spec.partition(":")[0]
     if family == "torch-ivf":
         return Method(spec=spec, family=family, guarantee="none", make=TorchIvf.factory(spec))
-    if is_baseline(spec):
+    if family in BASELINES:
         return Method(spec=spec, family=family, guarantee="none", make=served(spec))
     policy = parse(spec)
     return Method(
