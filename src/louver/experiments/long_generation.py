@@ -89,7 +89,9 @@ def measure(
         for spec, row in _rows(config, Prompt.read(model, prompts), missing, on_progress):
             journal.put(row, **keys[spec])
     for key in keys.values():
-        yield journal.get(**key)
+        row = journal.get(**key)
+        assert row is not None, "a run leaves a row per method"
+        yield row
 
 
 def _rows(

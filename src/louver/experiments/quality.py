@@ -137,7 +137,8 @@ class Answers:
     @classmethod
     def read(cls, plain: dict[str, Any]) -> "Answers":
         """What ``plain`` gave."""
-        return cls(**plain | {"judged": Judged.read(plain["judged"])})
+        shares = {name: plain[name] for name in ("bytes_fraction", "exact_fraction")}
+        return cls(judged=Judged.read(plain["judged"]), **shares)
 
 
 Cell = dict[str, Answers]  # by method
