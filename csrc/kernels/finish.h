@@ -101,22 +101,23 @@ inline void finish_unit(Unit& unit, bool any_dropped) {
         const bool empty = !(sums.total != 0);  // NaN counts as something
         const double total = empty ? 1.0 : sums.total;
         const int64_t index = unit.row * problem.num_q_heads + unit.head * group + g;
-        float squares = 0, away_squares = 0, lost_squares = 0;
+        double squares = 0, away_squares = 0, lost_squares = 0;
         for (int64_t d = 0; d < dims; ++d) {
             double x = sums.unread * static_cast<double>(mean[d]);
             for (int member = 0; member < unit.size; ++member)
                 x += static_cast<double>(unit.out[(member * group + g) * padded + d]);
             const float y = static_cast<float>(x / total);
-            squares += y * y, away_squares += (mean[d] - y) * (mean[d] - y);
+            const double wide = static_cast<double>(y), away = static_cast<double>(mean[d]) - wide;
+            squares += wide * wide, away_squares += away * away;
             char* at = to.out + (index * dims + d) * item;
             store_scalar(problem.q_dtype, at, y);
-            const float lost = load_scalar(problem.q_dtype, at) - y;
+            const double lost = static_cast<double>(load_scalar(problem.q_dtype, at)) - wide;
             lost_squares += lost * lost;
         }
-        const float out_norm = std::sqrt(squares) * kNormInflation + kTinyNorm;
+        const float out_norm = root_above(squares) + kTinyNorm;
         const float accumulation =
             gamma(chain + 16) * (static_cast<float>(sums.size / total) * (1 + 1e-5f) + 2 * out_norm);
-        const float away = std::sqrt(away_squares) * kNormInflation + accumulation + kTinyNorm;
+        const float away = root_above(away_squares) + accumulation + kTinyNorm;
         const double floors = sums.floors > 0 ? sums.floors * (1 - 1e-5) : 0.0;
         const double over = floors > 0 ? 1 / floors : empty ? 0.0 : static_cast<double>(kInfinity);
         auto bounded = [](double x) { return x == x ? static_cast<float>(x * (1 + 1e-5)) : kInfinity; };
@@ -127,7 +128,7 @@ inline void finish_unit(Unit& unit, bool any_dropped) {
         // The output is rounded to float32 once, then to its dtype; the second is known.
         float arithmetic = (rounding != 0 ? bounded(rounding * over) : 0.0f) + accumulation + kUnit * out_norm;
         finish_dropped(unit, sums, away + arithmetic, any_dropped, &dropped, &certificate);
-        arithmetic += std::sqrt(lost_squares) * kNormInflation + kTinyNorm;
+        arithmetic += root_above(lost_squares) + kTinyNorm;
         if (!(arithmetic == arithmetic)) arithmetic = kInfinity;
         if (!(certificate == certificate)) certificate = kInfinity;
         to.lse[index] = empty ? -kInfinity : problem.softmax_scale * unit.top[g] + static_cast<float>(std::log(total));

@@ -18,11 +18,14 @@ inline int64_t group_floats(int64_t size, int64_t padded) {
     return size * padded + padded_dims(size) + size * padded / 2 + kLanes;
 }
 
-// The norm whose squares overflowed: once more, scaled down.
+// A norm from its squares' sum, taken in float64 where one chain of additions in float32 would outgrow kNormInflation.
+LOUVER_INLINE float root_above(double squares) { return static_cast<float>(std::sqrt(squares)) * kNormInflation; }
+
+// The norm whose squares overflowed, once more.
 inline float huge_norm_above(const float* x, int64_t padded) {
-    float total = 0;
-    for (int64_t d = 0; d < padded; ++d) total += (x[d] * 0x1p-80f) * (x[d] * 0x1p-80f);
-    return std::sqrt(total) * kNormInflation * 0x1p80f;
+    double total = 0;
+    for (int64_t d = 0; d < padded; ++d) total += static_cast<double>(x[d]) * static_cast<double>(x[d]);
+    return root_above(total);
 }
 
 // At least the Euclidean norm of x[padded].

@@ -175,12 +175,14 @@ LOUVER_INLINE f32x16 from_half(u16x16 x) {
     return (f32x16)y;
 #else
     const u32x16 wide = __builtin_convertvector(x, u32x16);
-    const u32x16 sign = (wide & 0x8000u) << 16;
-    const u32x16 magnitude = (wide & 0x7fffu) << 13;
-    // Rebias by a multiplication, which also makes subnormals right; infinity and NaN keep their exponent of all ones.
-    const f32x16 scaled = as_float((i32x16)magnitude) * 0x1p112f;
-    const u32x16 special = (u32x16)((wide & 0x7c00u) == 0x7c00u);
-    const u32x16 out = ((u32x16)as_int(scaled) & ~special) | ((magnitude | 0x7f800000u) & special);
+    const u32x16 sign = (wide & 0x8000u) << 16, magnitude = (wide & 0x7fffu) << 13;
+    // Subnormals are whole multiples of 2^-24. As floats of the same bits they would be subnormal as well, and read as zero where
+    // the thread is told to (torch.set_flush_denormal): a key may be made of them.
+    const u32x16 small = (u32x16)as_int(to_float((i32x16)(wide & 0x3ffu)) * 0x1p-24f);
+    const u32x16 exponent = wide & 0x7c00u;
+    const u32x16 is_small = (u32x16)(exponent == 0u), special = (u32x16)(exponent == 0x7c00u);
+    const u32x16 rebiased = magnitude + ((112u << 23) & ~special);
+    const u32x16 out = (small & is_small) | ((rebiased | (0x7f800000u & special)) & ~is_small);
     return as_float((i32x16)(out | sign));
 #endif
 }

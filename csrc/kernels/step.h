@@ -113,9 +113,9 @@ inline void step_member(void* argument, int rank, Team& team) {
         unit.values = Rows{&problem.values, unit.row, unit.head, start, problem.head_dim, padded};
         unit.scan = make_scan(sketch, unit.group, unit.row, unit.head, kStepPlanes, mine.scan);
         const float* mean = sketch.value_mean + (unit.row * sketch.heads + unit.head) * sketch.dims;
-        float squares = 0;
-        for (int64_t d = 0; d < sketch.dims; ++d) squares += mean[d] * mean[d];
-        unit.mean_norm = std::sqrt(squares) * kNormInflation + kTinyNorm;
+        double squares = 0;
+        for (int64_t d = 0; d < sketch.dims; ++d) squares += static_cast<double>(mean[d]) * static_cast<double>(mean[d]);
+        unit.mean_norm = root_above(squares) + kTinyNorm;
         if (unit.rule->drop) {
             retrieval_unit(unit, mine.weights, mine.value_norms);
         } else {

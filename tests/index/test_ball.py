@@ -198,6 +198,33 @@ def test_a_layer_can_be_served():
     assert layers[0].memory_bytes()["index"] > 0
 
 
+@pytest.mark.parametrize("center", ["mean", "key"])
+def test_more_groups_than_16_bits_can_number(center):
+    """Folded in three times: below 2^15 groups, across it, and above; then cut back and grown once more."""
+    keys = clustered(1, 2, 33100, 6, seed=3)
+    q = torch.randn(1, 2, 6, generator=torch.Generator().manual_seed(4))
+    config = BallConfig(subspaces=2, group_len=1, grouping="consecutive", buffer_len=50, center=center)
+    index, held = BallIndex(DeviceStore(), config=config), 0
+
+    def search_at(length):
+        for tau in just_below_scores(q, keys[:, :, :length]):
+            found = [index.search(q, tau, rule).mask(length) for rule in ("sum", "ta")]
+            assert torch.equal(*found)
+            assert torch.equal(found[0], FlatIndex.build(keys[:, :, :length]).search(q, tau).mask(length))
+
+    for length in (32700, 32900, 33000, 32760, 33100):
+        if length < held:
+            index.truncate(length)
+        else:
+            index.store.append(keys[:, :, held:length], None)
+        held = length
+        index.refresh()
+        search_at(length)
+        wide = index.rows[0].num_groups >= 2**15
+        assert index.rows[0].group.dtype == (torch.int32 if wide else torch.int16)
+    assert wide and int(index.rows[0].group.max()) == index.rows[0].num_groups - 1
+
+
 def test_memory_is_what_the_paper_states():
     """28% of the cache with 16 subspaces and groups of 4; a key as center costs less."""
     keys = torch.randn(1, 2, 2048, 64).half()

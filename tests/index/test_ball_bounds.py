@@ -67,6 +67,22 @@ def test_the_sum_covers_its_rounding(dtype, options, seed):
             assert index.search(q, tau, rule).mask(160)[..., i].all()
 
 
+@pytest.mark.parametrize("subspaces", [1, 16])
+@pytest.mark.parametrize(("keys_power", "query_power"), [(-26, 17), (-28, 10), (-30, 0), (2, -24)])
+def test_keys_and_queries_whose_squares_underflow_are_covered(keys_power, query_power, subspaces):
+    """A norm that comes out as 0 in float32 is no bound: the slack would be nothing and the rounding would not."""
+    index, q = tight_index(torch.float32, {"center": "key", "subspaces": subspaces}, 5)
+    store = DeviceStore.wrap(index.store.keys * 10.0**keys_power)
+    index, q = BallIndex(store, config=index.config), q * 10.0**query_power
+    index.refresh()
+    scores = slice_scores(index, q).sum(-1)
+    estimate, half_width, known = index.bounds(q)
+    assert known.all() and ((estimate.double() - scores).abs() <= half_width.double()).all()
+    for i in range(0, 160, 23):
+        tau = below(scores[..., i])
+        assert index.search(q, tau, "sum").mask(160)[..., i].all()
+
+
 @every_tight
 @given(seed=seeds())
 def test_every_subspace_covers_its_rounding(dtype, options, seed):

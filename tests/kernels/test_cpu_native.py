@@ -45,6 +45,30 @@ def test_every_instruction_set_bounds_and_attends(isa, head_dim, group_size, dty
         assert within_certificate(case, result).all(), policy
 
 
+def test_half_precision_subnormals_are_read_where_float32_ones_are_flushed(isa):
+    """torch.set_flush_denormal(True) makes the thread read float32 subnormals as zero; a subnormal float16 number is none."""
+    case = build_case(1, kv_len=40, batch=1, dtype=torch.float16)
+    random = torch.Generator().manual_seed(2)
+    bits = torch.randint(100, 1000, case.keys.shape, generator=random, dtype=torch.int16)
+    case.keys.copy_(bits.view(torch.float16))
+    case.q.copy_(1e4 * torch.rand(case.q.shape, generator=random))
+    truth = true_scores(case)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this machine cannot flush")
+    try:
+        index = case.index("cpu")
+        bounds = index.bounds(case.q, case.softmax_scale)
+        place = (case.kv_start, case.kv_len, case.softmax_scale)
+        results = [get_ops("cpu").step(case.q, case.keys, case.values, index.sketch, rule, *place) for rule in RULES]
+    finally:
+        torch.set_flush_denormal(False)
+    assert bounds.undecided.all()
+    real = truth[..., :32]
+    assert ((bounds.lower.double() <= real) & (real <= bounds.upper.double())).all()
+    for result in results:
+        assert within_certificate(case, result).all()
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_threads_change_nothing_that_matters(rule):
     case = build_case(1, kv_len=1500, head_dim=64, group_size=3, num_kv_heads=3, batch=1)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from louver.geometry.bounds import sliced_norms
+from louver.geometry.rounding import norm_above
 
 LARGEST_NORM = 30000.0  # keys beyond it are left out of every enclosure: 2 x this fits a float16 radius
 NORM_ERROR = 2.0**-40  # relative error of a float64 norm, with much room
@@ -38,7 +39,7 @@ class Balls:
 
     def reach(self) -> Float[Tensor, "*lead groups"]:
         """At least the norm of anything inside, for the rounding of bounds."""
-        return (self.center.float().norm(dim=-1) + self.radius.float()) * (1 + 1e-5)
+        return (norm_above(self.center.float()) + self.radius.float()) * (1 + 1e-5)
 
 
 def query_norm(q: Float[Tensor, "*shape width"]) -> Float[Tensor, "*shape"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from louver.geometry.ball import NORM_ERROR, round_up_float16
+from louver.geometry.rounding import norm_above
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,4 +43,4 @@ class Boxes:
 
     def reach(self) -> Float[Tensor, "*lead groups"]:
         """At least the norm of anything inside, for the rounding of bounds."""
-        return (self.center.float().abs() + self.half.float()).norm(dim=-1) * (1 + 1e-5)
+        return norm_above(self.center.float().abs() + self.half.float()) * (1 + 1e-5)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from louver.errors import NonFiniteError, PolicyError, ShapeError
-from louver.geometry.rounding import score_slack
+from louver.geometry.rounding import norm_above, score_slack
 from louver.geometry.subspaces import Subspaces, subspaces
 from louver.index.ball_row import BallConfig, BallRow, GroupBounds, cut, empty_row, fold
 from louver.index.results import Selection
@@ -125,7 +125,10 @@ class BallIndex:
         rows = to_rows(self.store.keys, self.store.kv_start, length, longest)
         slices, queries = self.split.split(rows), self.split.split(q)
         selected = candidate
-        turned = self.split.rounding * q.float().norm(dim=-1)[..., None] * _spread(rows.float().norm(dim=-1), q)
+        turned = 0.0
+        if self.split.rotation is not None:
+            norms = norm_above(rows.float()).repeat_interleave(q.shape[1] // rows.shape[1], 1)
+            turned = self.split.rounding * norm_above(q.float())[..., None] * norms
         for s in range(self.split.count):
             scores, absolute = exact_scores(queries[:, :, s], slices[:, :, :, s])
             slack = score_slack(absolute, self.split.width) + turned
@@ -239,7 +242,3 @@ class BallIndex:
         mask = to_tokens(selected, self.store.kv_start, keys.shape[2])
         scanned = group_heads(candidate, keys.shape[1]).any(2).sum(-1)
         return Selection.of_mask(mask, q, keys, scanned, self.store.kv_len - self.store.kv_start)
-
-
-def _spread(per_key: Tensor, q: Tensor) -> Tensor:
-    return per_key.repeat_interleave(q.shape[1] // per_key.shape[1], 1)

@@ -17,7 +17,7 @@ from louver.errors import PolicyError
 from louver.geometry.ball import LARGEST_NORM, Balls, group_means, query_norm
 from louver.geometry.box import Boxes
 from louver.geometry.grouping import Grouping, group_points
-from louver.geometry.rounding import ABSOLUTE, SAFETY, gamma
+from louver.geometry.rounding import ABSOLUTE, SAFETY, gamma, norm_above
 from louver.geometry.subspaces import Slicing, Subspaces
 from louver.kernels.reference.product import true_float32
 
@@ -106,7 +106,9 @@ class BallRow:
         largest = enclosure.reach().amax(-1) if enclosure.center.shape[2] else x.new_zeros(x.shape[:2])
         norm = query_norm(x) * (1 + 1e-3)  # so that the slack overflows before any sum it stands for
         reach = norm * largest[..., None]
-        turned = split.rounding * norm.norm(dim=1, keepdim=True) * largest.norm(dim=1)[:, None, None] * (1 + 1e-5)
+        turned = x.new_zeros(x.shape[0], 1, x.shape[2])  # what the rotation's rounding moves a score by
+        if split.rotation is not None:
+            turned = split.rounding * norm_above(norm.movedim(1, -1))[:, None] * norm_above(largest)[:, None, None]
         terms = split.count * split.width + split.count + 24
         with true_float32(x.device):
             estimate, half_width = x @ enclosure.center.float().mT, enclosure.half_width(x)
