@@ -102,7 +102,8 @@ def run(
     """
     model, tokenizer = load(config.model, on_progress, loaded)
     prompts, following = stretches(tokenizer, config.prompt_file, config.kv_len, config.num_steps, config.num_samples)
-    head = {"data": model_name(model), "kv_len": config.kv_len + config.num_steps, "device": model.device.type}
+    head = {"data": model_name(model), "device": model.device.type, "kv_len": config.kv_len + config.num_steps}
+    head["text"] = config.prompt_file.name if config.prompt_file else "Python's help topics"
     try:
         return [head | row for row in measure(config, model, prompts, following, on_progress, journal)], {}
     finally:
