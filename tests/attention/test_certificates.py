@@ -17,7 +17,7 @@ from helpers import (
     true_scores,
     within_certificate,
 )
-from louver import FlatIndex, SketchIndex, attend
+from louver import BallIndex, FlatIndex, SketchIndex, attend
 from louver.attention.asked import asked_mass
 from louver.kernels import available_backends
 from louver.kv import DeviceStore
@@ -158,6 +158,23 @@ def test_what_is_not_finite_behaves_as_in_dense_attention(backend, bad, where, s
     error = (true_attention(case) - result.out.double()).norm(dim=-1)
     assert (error <= result.certificate + result.arithmetic_bound)[fine].all()
     assert torch.isfinite(result.out[0, case.group_size :]).all(), "another KV head was harmed"
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("make", [FlatIndex.build, BallIndex.build, SketchIndex.build])
+def test_bounds_are_infinite_where_dense_attention_is_not_finite(make, where, bad):
+    """Whatever the index: a finite bound, or NaN, would claim something of an output that nothing is true of."""
+    case = build_case(3, kv_len=40, batch=1)
+    getattr(case, where)[0, 0, 5, 7] = bad
+    index = make(case.keys, case.values)
+    unknown = ~torch.isfinite(true_attention(case)).all(-1)
+    assert unknown.any()
+    for spec in ("topk:4", "fixed:0", "mass:0.1", "relative:3", "dense"):
+        result = attend(case.q, index, policy=spec)
+        bound = result.certificate + result.arithmetic_bound
+        assert torch.isinf(bound[unknown]).all(), spec
+        assert not torch.isnan(bound).any(), spec
 
 
 @pytest.mark.parametrize("spec", ["dense", "topk:9", "exact:0.1"])

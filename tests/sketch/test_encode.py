@@ -132,7 +132,7 @@ def test_clipping_lowers_the_error():
     assert radii[0] < radii[1]
 
 
-@pytest.mark.parametrize("fields", [{"frame_len": 0}, {"slice_dims": 0}])
+@pytest.mark.parametrize("fields", [{"frame_len": 0}, {"frame_len": 1025}, {"slice_dims": 0}])
 def test_a_config_that_makes_no_sense_is_refused(fields):
     with pytest.raises(PolicyError, match=next(iter(fields))):
         SketchConfig(**fields)

@@ -127,8 +127,8 @@ class DenseResult(AttendResult):
     @cached_property
     def arithmetic_bound(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
         """How far ``out`` can be from real arithmetic, [batch, num_q_heads]."""
-        q, keys, values, _, length, softmax_scale = self.__dict__["_asked"]
-        return attention_arithmetic(q, keys, values, softmax_scale, length[:, None].expand(q.shape[:2]))
+        q, keys, values, valid, length, softmax_scale = self.__dict__["_asked"]
+        return attention_arithmetic(q, keys, values, softmax_scale, length[:, None].expand(q.shape[:2]), valid)
 
 
 def valid_tokens(kv_start: PerRow, kv_len: PerRow, longest: int) -> Tensor:

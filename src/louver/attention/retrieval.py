@@ -52,7 +52,7 @@ def attend_retrieval(
         flat = mask.flatten(0, 1)
         indptr = torch.nn.functional.pad(flat.sum(-1).cumsum(0), (1, 0))
         out, lse = get_ops("reference").attend_selection(q, keys, values, indptr, flat.nonzero()[:, 1], scale)
-        floor = lse.double() - logit_error(q, keys, scale) - lse.abs() * 2.0**-22 - 1e-5
+        floor = lse.double() - logit_error(q, keys, scale, valid[:, 0]) - lse.abs() * 2.0**-22 - 1e-5
         floor = floor - gamma(mask.sum(-1).double() + 8)
         share = _dropped_share(valid.sum(-1) - mask.sum(-1), tau, floor, summary)
         return found, mask, tau, out, lse, share
@@ -63,12 +63,12 @@ def attend_retrieval(
         found, mask, tau, out, lse, share = attend_above(everything_where(failed, cuts))
 
     group_size = q.shape[1] // keys.shape[1]
-    arithmetic = attention_arithmetic(q, keys, values, scale, mask.sum(-1))
+    arithmetic = attention_arithmetic(q, keys, values, scale, mask.sum(-1), valid[:, 0])
     left_out = valid.sum(-1) - mask.sum(-1)
     # A convex combination of values is no longer than the longest of them.
-    largest = largest_norm(torch.where(valid[..., None], values.float(), 0.0), group_size)
+    largest = largest_norm(values, group_size, valid[:, 0])
     reach = largest + torch.minimum(largest, norm_above(out.float()) + arithmetic)
-    certificate = torch.where(left_out > 0, share * reach * (1 + 1e-5), 0.0)
+    certificate = torch.where(left_out > 0, (share * reach * (1 + 1e-5)).nan_to_num(torch.inf, posinf=torch.inf), 0.0)
     return AttendResult(
         out=out,
         lse=lse,

@@ -76,8 +76,9 @@ def attend_within(
 
 def allowed_error(step: TierOutput, policy: OutputError) -> PerQueryHead:
     """The certificate that meets what was asked: error |out| less arithmetic, and no less than 0."""
-    norm = step.out.float().norm(dim=-1) * (1 - 1e-5)  # rounded down
-    return (policy.error * norm - step.arithmetic_bound).nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+    norm = step.out.double().norm(dim=-1) * (1 - 1e-5)  # rounded down, and with it the difference
+    allowed = (policy.error * norm).float() - step.arithmetic_bound
+    return allowed.nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(0)
 
 
 def _lower_where(missed: Tensor, cuts: Cuts, wanted: Cuts) -> Cuts:

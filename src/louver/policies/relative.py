@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from louver.errors import PolicyError
+from louver.geometry.rounding import UNIT
 from louver.policies.base import BasePolicy, number
 from louver.protocols import BoundSummary, Cuts
 
@@ -37,6 +38,8 @@ class Relative(BasePolicy):
         return 3
 
     def cuts(self, summary: BoundSummary) -> Cuts:
-        """best_lower is the best score less its rounding once the candidates were scored."""
-        tau = summary.best_lower - self.nats / summary.softmax_scale
+        """best_lower is the best score less its rounding once the candidates were scored; tau is rounded down."""
+        distance = self.nats / summary.softmax_scale
+        tau = summary.best_lower - distance
+        tau = tau - 4 * UNIT * (summary.best_lower.abs() + distance).nan_to_num(posinf=0.0)
         return Cuts(unread=tau, fine=summary.best_lower, exact=tau)

@@ -28,6 +28,7 @@ from louver.geometry.metric import Metric
 SCALES = torch.exp2(torch.arange(256, dtype=torch.float64) / 8 - 18).float()  # float32 values are the definition
 CODE_ZERO = 8  # the code that decodes to the frame's center
 NO_BOUND = 255  # radius code of a key that must always be exact
+MOST_TOKENS = 1024  # of a block: sums over one are proven up to here (docs/guarantee.md, 13)
 LARGEST_FRAMED = 60000.0  # magnitudes above this would overflow a float16 center
 
 
@@ -35,7 +36,7 @@ LARGEST_FRAMED = 60000.0  # magnitudes above this would overflow a float16 cente
 class SketchConfig:
     """How a cache is sketched. Every field changes speed and bytes; none changes which keys are found."""
 
-    frame_len: int = 128  # tokens per block: longer is faster on a GPU and costs 1-3% more bytes
+    frame_len: int = 128  # tokens per block, at most 1,024: longer is faster on a GPU and costs 1-3% more bytes
     slice_dims: int = 64  # channels one radius stands for: fewer bound tighter and cost more bytes
     metric: Metric = "frame"  # the space radii are taken in
     clip: bool = True  # let a frame clip outliers where that lowers the squared error
@@ -44,6 +45,8 @@ class SketchConfig:
     def __post_init__(self) -> None:
         if self.frame_len < 1 or self.slice_dims < 1:
             raise PolicyError(f"frame_len={self.frame_len} and slice_dims={self.slice_dims} must be at least 1")
+        if self.frame_len > MOST_TOKENS:
+            raise PolicyError(f"frame_len={self.frame_len} is too long a block; wanted at most {MOST_TOKENS} tokens")
         if self.metric not in ("frame", "diagonal", "identity"):
             raise PolicyError(f"metric={self.metric!r} is unknown; wanted 'frame', 'diagonal' or 'identity'")
 
