@@ -1,5 +1,6 @@
 """``louver eval``: benchmarks of lm-evaluation-harness, decoded through Louver."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def evaluate(
     console.print(table(rows))
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: Sequence[Row]) -> Table:
     """A line per task, metric and method."""
     shown = Table(box=None, caption="±: 1.96 standard errors; bytes read over dense attention's; keys attended exactly")
     shown.caption_justify = "left"

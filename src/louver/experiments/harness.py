@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
+from lm_eval.models import huggingface
 from torch import Tensor
 from tqdm import tqdm
 
 from louver.experiments.decoding import prefill
 from louver.integrations.transformers import LouverCache
+
+HFLM: Any = huggingface.HFLM  # the harness's decorator hides its type
 
 
 @dataclass(kw_only=True)
@@ -51,7 +53,7 @@ class LouverLM(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: Any, make_cache: Callable[[], LouverCache], **options: Any) -> None:
-        logger = logging.getLogger(HFLM.__module__)
+        logger = logging.getLogger(huggingface.__name__)
         level = logger.level
         logger.setLevel(logging.ERROR)  # it warns that the model is there already
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)
@@ -80,11 +82,12 @@ class LouverLM(HFLM):
         bar = tqdm(total=len(requests), disable=disable_tqdm, desc="Decoding continuations")
         for context, places in by_context.items():
             cache = self.make_cache()
-            if len(context) > 1:
-                prefill(self.model, cache, torch.tensor([context[:-1]]))
+            *before, last = context
+            if before:
+                prefill(self.model, cache, torch.tensor([before]))
             for place in places:
                 text, _, continuation = requests[place]
-                answers[place] = self._decoded(cache, context[-1], continuation)
+                answers[place] = self._decoded(cache, last, continuation)
                 if text is not None:  # of a rolling window
                     self.cache_hook.add_partial("loglikelihood", text, answers[place])
                 cache.crop(-len(continuation))
