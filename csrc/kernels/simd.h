@@ -176,8 +176,8 @@ LOUVER_INLINE f32x16 from_half(u16x16 x) {
 #else
     const u32x16 wide = __builtin_convertvector(x, u32x16);
     const u32x16 sign = (wide & 0x8000u) << 16, magnitude = (wide & 0x7fffu) << 13;
-    // Subnormals are whole multiples of 2^-24. As floats of the same bits they would be subnormal as well, and read as zero where
-    // the thread is told to (torch.set_flush_denormal): a key may be made of them.
+    // Subnormals are whole multiples of 2^-24. As floats of the same bits they would be subnormal as well, and read as
+    // zero where the thread is told to (torch.set_flush_denormal): a key may be made of them.
     const u32x16 small = (u32x16)as_int(to_float((i32x16)(wide & 0x3ffu)) * 0x1p-24f);
     const u32x16 exponent = wide & 0x7c00u;
     const u32x16 is_small = (u32x16)(exponent == 0u), special = (u32x16)(exponent == 0x7c00u);

@@ -114,7 +114,8 @@ inline void step_member(void* argument, int rank, Team& team) {
         unit.scan = make_scan(sketch, unit.group, unit.row, unit.head, kStepPlanes, mine.scan);
         const float* mean = sketch.value_mean + (unit.row * sketch.heads + unit.head) * sketch.dims;
         double squares = 0;
-        for (int64_t d = 0; d < sketch.dims; ++d) squares += static_cast<double>(mean[d]) * static_cast<double>(mean[d]);
+        for (int64_t d = 0; d < sketch.dims; ++d)
+            squares += static_cast<double>(mean[d]) * static_cast<double>(mean[d]);
         unit.mean_norm = root_above(squares) + kTinyNorm;
         if (unit.rule->drop) {
             retrieval_unit(unit, mine.weights, mine.value_norms);
