@@ -12,6 +12,9 @@ struct KernelTable {
     void (*bounds)(const Problem&, const SketchView&, const Rule&, float* estimate, float* half_width,
                    uint8_t* undecided, float* known, int64_t sketched, int64_t longest, int num_threads);
     void (*step)(const Problem&, const SketchView&, const Rule&, const StepOutput&, int num_threads);
+    void (*search)(const Problem&, const SketchView&, const float* tau, const FoundKeys&, int num_threads);
+    void (*score)(const Problem&, const NamedKeys&, float* scores, int num_threads);
+    void (*attend_selection)(const Problem&, const NamedKeys&, char* out, float* lse, int num_threads);
     void (*attend_dense)(const Problem&, char* out, float* lse, int num_threads);
 };
 

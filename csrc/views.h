@@ -85,6 +85,24 @@ struct StepOutput {
 // The order of louver.protocols.COUNTS.
 enum Count { kKeys, kBlocks, kOpen, kScanned, kExact, kCoarse, kValueBlocks, kNumCounts };
 
+// Where a search's keys go: every thread of a (row, KV head) has its own part of a query head's capacity.
+struct FoundKeys {
+    int64_t capacity = 0;  // at least the longest row
+    int64_t threads = 1;
+    int32_t* tokens = nullptr;   // [batch, num_q_heads, capacity], positions in the cache
+    float* scores = nullptr;     // the same
+    int64_t* begins = nullptr;   // [batch, num_q_heads, threads], in tokens
+    int64_t* counts = nullptr;   // the same; zero on entry
+    int64_t* scanned = nullptr;  // [batch, num_kv_heads, threads], keys of closed blocks read in full; zero on entry
+    int32_t* order = nullptr;    // [batch, num_kv_heads, capacity], scratch
+};
+
+// Keys named in compressed sparse rows, a row per (batch, query head); checked by the caller.
+struct NamedKeys {
+    const int64_t* indptr = nullptr;   // [batch * num_q_heads + 1]
+    const int64_t* indices = nullptr;  // positions in the cache
+};
+
 struct Rule {
     bool drop = false;
     double share = 0;

@@ -3,7 +3,8 @@
 #include "kernels/bounds.h"
 #include "kernels/dense.h"
 #include "kernels/encode.h"
-#include "kernels/step.h"
+#include "kernels/search.h"
+#include "kernels/selection.h"
 
 namespace louver::LOUVER_ISA {
 
@@ -14,6 +15,7 @@ static void bounds_entry(const Problem& problem, const SketchView& sketch, const
 }
 
 extern const KernelTable table;
-const KernelTable table = {LOUVER_ISA_NAME, encode_block, bounds_entry, step, attend_dense};
+const KernelTable table = {LOUVER_ISA_NAME, encode_block, bounds_entry,     step,
+                           search,          score,        attend_selection, attend_dense};
 
 }  // namespace louver::LOUVER_ISA

@@ -20,28 +20,21 @@ LOUVER_INLINE void copy_bytes(void* to, const void* from, int64_t n) {
 }
 
 // SCALES[code] of sketch/layout.py: eighths of an octave; powers of two scale without rounding.
-LOUVER_INLINE f32x16 scales_of(u8x16 codes) {
-    const i32x16 code = (i32x16) __builtin_convertvector(codes, u32x16);
-    const f32x16 eighths = {1.0f,
-                            0x1.172b84p0f,
-                            0x1.306fep0f,
-                            0x1.4bfdaep0f,
-                            0x1.6a09e6p0f,
-                            0x1.8ace54p0f,
-                            0x1.ae89fap0f,
-                            0x1.d5818ep0f,
-                            1,
-                            1,
-                            1,
-                            1,
-                            1,
-                            1,
-                            1,
-                            1};
-    return as_float(as_int(__builtin_shuffle(eighths, code & 7)) + (((code >> 3) - 18) << 23));
+LOUVER_INLINE Floats scales_of(Bytes codes) {
+    alignas(64) static constexpr float kEighths[16] = {1.0f,          0x1.172b84p0f, 0x1.306fep0f,  0x1.4bfdaep0f,
+                                                       0x1.6a09e6p0f, 0x1.8ace54p0f, 0x1.ae89fap0f, 0x1.d5818ep0f};
+    const Ints code = (Ints) __builtin_convertvector(codes, UInts);
+#if defined(__AVX2__)
+    const Floats eighths = __builtin_shuffle(load<Floats>(kEighths), code & 7);
+#else
+    const Floats eighths = gather(kEighths, code & 7);
+#endif
+    return as_float(as_int(eighths) + (((code >> 3) - 18) << 23));
 }
 
 constexpr int64_t kMaxDims = 1024;
+
+inline int64_t padded_frame(int64_t frame_len) { return (frame_len + kCodeTokens - 1) / kCodeTokens * kCodeTokens; }
 
 // What one block's frame makes of a group's queries.
 struct BlockQuery {
@@ -64,15 +57,15 @@ struct Scan {
           *peak = nullptr;  // [group, padded]: (q / peak)^2 times what the metric fixes; [group, slices]
     BlockQuery block;
     float *scale = nullptr, *shifted = nullptr;  // [padded], of the current block
-    int64_t stride = 0;                          // frame_len in whole vectors
+    int64_t stride = 0;                          // frame_len in whole vectors, of codes too
     int32_t* dots = nullptr;                     // [planes, group, stride]
     float* radii = nullptr;                      // [slices, stride]
-    uint32_t* unbounded = nullptr;               // per 16 tokens, a bit for each key without a finite bound
+    uint32_t* unbounded = nullptr;               // per kLanes tokens, a bit for each key without a finite bound
 };
 
 inline int64_t scan_bytes(const SketchView& sketch, int64_t group, int planes) {
-    const int64_t half_padded = (sketch.dims / 2 + 15) / 16 * 16, padded = padded_dims(sketch.dims);
-    const int64_t stride = padded_dims(sketch.frame_len);
+    const int64_t half_padded = padded_half(sketch.dims / 2), padded = padded_dims(sketch.dims);
+    const int64_t stride = padded_frame(sketch.frame_len);
     const int64_t floats =
         (2 + group) * padded + group * (planes * stride + 4 + 2 * sketch.slices) + (sketch.slices + 1) * stride;
     return planes * group * 2 * half_padded + 4 * floats + 10 * 64;
@@ -103,7 +96,7 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
                       char* memory) {
     Scan scan;
     scan.sketch = &sketch, scan.group = group, scan.row = row, scan.head = head, scan.planes = planes;
-    scan.half = sketch.dims / 2, scan.half_padded = (scan.half + 15) / 16 * 16;
+    scan.half = sketch.dims / 2, scan.half_padded = padded_half(scan.half);
     auto take = [&memory](int64_t bytes) {
         char* out = memory;
         memory += (bytes + 63) / 64 * 64;
@@ -114,7 +107,7 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
     std::memset(scan.block.query, 0, static_cast<size_t>(planes * n * 2 * scan.half_padded));
     scan.scale = reinterpret_cast<float*>(take(4 * group.padded));
     scan.shifted = reinterpret_cast<float*>(take(4 * group.padded));
-    scan.stride = padded_dims(sketch.frame_len);
+    scan.stride = padded_frame(sketch.frame_len);
     scan.dots = reinterpret_cast<int32_t*>(take(4 * planes * n * scan.stride));
     scan.radii = reinterpret_cast<float*>(take(4 * sketch.slices * scan.stride));
     scan.unbounded = reinterpret_cast<uint32_t*>(take(4 * scan.stride / kLanes));
@@ -137,11 +130,11 @@ LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, const float* radius_unit) 
         const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
         alignas(16) float squares[4] = {};
         if (begin % kLanes == 0 && (end % kLanes == 0 || end == sketch.dims)) {
-            f32x16 total[4] = {};
+            Floats total[4] = {};
             for (int64_t d = begin; d < end; d += kLanes) {
-                const f32x16 scale = frame ? load<f32x16>(scan.scale + d) : splat(1);
+                const Floats scale = frame ? load<Floats>(scan.scale + d) : splat(1);
                 for (int h = 0; h < kHeads; ++h)
-                    total[h] += load<f32x16>(scan.energy + (g + h) * scan.group.padded + d) * scale;
+                    total[h] += load<Floats>(scan.energy + (g + h) * scan.group.padded + d) * scale;
             }
             sum4(total, squares);
         } else {
@@ -163,11 +156,11 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
     const float chain = static_cast<float>(padded / kLanes);
     const float levels = scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
     const float* q = scan.group.q + g * padded;
-    f32x16 peak[4] = {}, bias[4] = {}, missed[4] = {}, count[4] = {};
+    Floats peak[4] = {}, bias[4] = {}, missed[4] = {}, count[4] = {};
     for (int64_t d = 0; d < padded; d += kLanes) {
-        const f32x16 s = load<f32x16>(scan.scale + d), shifted = load<f32x16>(scan.shifted + d);
+        const Floats s = load<Floats>(scan.scale + d), shifted = load<Floats>(scan.shifted + d);
         for (int h = 0; h < kHeads; ++h) {
-            const f32x16 x = load<f32x16>(q + h * padded + d);
+            const Floats x = load<Floats>(q + h * padded + d);
             peak[h] = max(peak[h], abs(x * s));
             bias[h] += x * shifted;
         }
@@ -182,14 +175,14 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
     }
     alignas(64) int8_t rounded[2][kHeads][kMaxDims];
     for (int64_t d = 0; d < padded; d += kLanes) {
-        const f32x16 s = load<f32x16>(scan.scale + d);
+        const Floats s = load<Floats>(scan.scale + d);
         for (int h = 0; h < kHeads; ++h) {
-            const f32x16 p = load<f32x16>(q + h * padded + d) * s;
-            const i32x16 i = round_to_int(p * inverse[h]);
-            const f32x16 whole = to_float(i);
+            const Floats p = load<Floats>(q + h * padded + d) * s;
+            const Ints i = round_to_int(p * inverse[h]);
+            const Floats whole = to_float(i);
             missed[h] += abs(p - step[h] * whole);
             count[h] += whole;  // exact: far below 2^24
-            const i32x16 high = scan.planes == 2 ? (i + 128) >> 8 : i;
+            const Ints high = scan.planes == 2 ? (i + 128) >> 8 : i;
             store_bytes(rounded[0][h] + d, high);
             if (scan.planes == 2) store_bytes(rounded[1][h] + d, i - (high << 8));
         }
@@ -223,20 +216,20 @@ inline void prepare_block(Scan& scan, int64_t index) {
     const int64_t padded = scan.group.padded, dims = sketch.dims;
     const uint16_t* center = sketch.key_center + index * dims;
     const uint8_t* codes = sketch.key_scale + index * dims;
-    f32x16 extent = {};
+    Floats extent = {};
     for (int64_t d = 0; d < padded; d += kLanes) {
-        u8x16 code = {};
-        u16x16 half = {};
+        Bytes code = {};
+        Shorts half = {};
         const int64_t n = dims - d;
         if (n >= kLanes) {
-            code = load<u8x16>(codes + d), half = load<u16x16>(center + d);
+            code = load<Bytes>(codes + d), half = load<Shorts>(center + d);
         } else {
             std::memcpy(&code, codes + d, static_cast<size_t>(n));
             std::memcpy(&half, center + d, static_cast<size_t>(2 * n));
         }
-        f32x16 s = scales_of(code);
+        Floats s = scales_of(code);
         if (n < kLanes) s = select(first_lanes(n), s, splat(0));
-        const f32x16 z = from_half(half), reach = abs(z) + 8.0f * s;
+        const Floats z = from_half(half), reach = abs(z) + 8.0f * s;
         store(scan.scale + d, s);
         store(scan.shifted + d, z - 0.5f * s);
         extent += reach * reach;

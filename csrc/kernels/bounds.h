@@ -57,7 +57,7 @@ inline void bound_block(const BoundsContext& context, Scan& scan, const Rows& ke
     for (int64_t g = 0; g < scan.group.size; ++g) {
         float* estimates = to.estimate + (first_head + g) * to.sketched + base;
         float* widths = to.half_width + (first_head + g) * to.sketched + base;
-        head_bounds(scan, g, [&](int64_t token, f32x16 estimate, f32x16 width) {
+        head_bounds(scan, g, [&](int64_t token, Floats estimate, Floats width) {
             store_some(estimates + token, estimate, sketch.frame_len - token);
             store_some(widths + token, width, sketch.frame_len - token);
         });

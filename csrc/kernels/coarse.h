@@ -7,6 +7,8 @@ namespace louver::LOUVER_ISA {
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
+constexpr int64_t kStrip = 64;
+
 LOUVER_INLINE __m128i part_of_register(__m512i x, int part) {
     switch (part) {
         case 0: return _mm512_extracti32x4_epi32(x, 0);
@@ -65,6 +67,51 @@ LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t 
     }
 }
 
+#elif defined(__AVX2__)
+
+constexpr int64_t kStrip = 16;
+
+// Up to four heads over 16 packed bytes. Weights are unsigned and codes, at most 15, count as signed; eight products of
+// 255 * 15 fit 16 bits.
+template <int kHeads>
+LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t at, int64_t width,
+                             const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    auto row = [&](int64_t i) LOUVER_ALWAYS_INLINE {
+        __m128i x = _mm_setzero_si128();
+        if (width == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at));
+        std::memcpy(&x, rows[i] + at, static_cast<size_t>(width));
+        return x;
+    };
+    alignas(32) int32_t sums[kHeads][2][16] = {};
+    const int64_t end = (count + 3) / 4 * 4;
+    for (int64_t begin = 0; begin < end; begin += 8) {
+        __m256i part[kHeads][2];
+        for (int g = 0; g < kHeads; ++g) part[g][0] = part[g][1] = _mm256_setzero_si256();
+        for (int64_t i = begin; i < begin + 8 && i < end; i += 2) {
+            const __m128i a = row(i), b = row(i + 1);
+            const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
+            const __m256i low = _mm256_and_si256(pairs, nibble);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), nibble);
+            for (int g = 0; g < kHeads; ++g) {
+                const __m256i w = _mm256_set1_epi16(load<int16_t>(weights + g * stride + i));
+                part[g][0] = _mm256_add_epi16(part[g][0], _mm256_maddubs_epi16(w, low));
+                part[g][1] = _mm256_add_epi16(part[g][1], _mm256_maddubs_epi16(w, high));
+            }
+        }
+        for (int g = 0; g < kHeads; ++g)
+            for (int nib = 0; nib < 2; ++nib) {
+                auto* to = reinterpret_cast<__m256i*>(sums[g][nib]);
+                to[0] = _mm256_add_epi32(to[0], _mm256_cvtepu16_epi32(_mm256_castsi256_si128(part[g][nib])));
+                to[1] = _mm256_add_epi32(to[1], _mm256_cvtepu16_epi32(_mm256_extracti128_si256(part[g][nib], 1)));
+            }
+    }
+    for (int g = 0; g < kHeads; ++g) {
+        std::memcpy(total + g * 2 * half + at, sums[g][0], static_cast<size_t>(4 * width));
+        std::memcpy(total + g * 2 * half + half + at, sums[g][1], static_cast<size_t>(4 * width));
+    }
+}
+
 #endif
 
 // total[g * 2 * half + j] = sum_i weight[g * stride + i] * code of channel j of token i, low nibbles first, then the
@@ -72,9 +119,9 @@ LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t 
 // The largest sum, 255 * 15 * count, is far inside int32.
 inline void add_codes(const uint8_t* const* rows, int64_t count, int64_t half, const uint8_t* weights, int64_t stride,
                       int64_t group, int32_t* total) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    for (int64_t at = 0; at < half; at += 64) {
-        const int64_t width = half - at < 64 ? half - at : 64;
+#if defined(__AVX2__)
+    for (int64_t at = 0; at < half; at += kStrip) {
+        const int64_t width = half - at < kStrip ? half - at : kStrip;
         int64_t g = 0;
         for (; g + 4 <= group; g += 4)
             add_strip<4>(rows, count, at, width, weights + g * stride, stride, total + g * 2 * half, half);

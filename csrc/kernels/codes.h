@@ -5,9 +5,19 @@
 
 namespace louver::LOUVER_ISA {
 
-// dots[g * stride + i] = sum_d code(i, d) query[g, d] for 16 tokens i whose packed codes start at codes + i * half.
-// query int8 [group, 2 * half_padded]: the channels of the low nibbles, then those of the high ones, each padded with
-// zeros to half_padded, a multiple of 16. Only the first `tokens` lanes are computed, and only their codes read.
+// What the query's halves are padded to: the bytes of codes that are multiplied at a time.
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int64_t kCodeBytes = 32;
+#else
+constexpr int64_t kCodeBytes = 16;
+#endif
+constexpr int64_t padded_half(int64_t half) { return (half + kCodeBytes - 1) / kCodeBytes * kCodeBytes; }
+
+// dots[g * stride + i] = sum_d code(i, d) query[g, d] for up to kCodeTokens tokens i whose packed codes start at codes
+// + i
+// * half. query int8 [group, 2 * half_padded]: the channels of the low nibbles, then those of the high ones, each
+// padded with zeros to half_padded. Only the codes of `tokens` are read; kCodeTokens dots of each head are written.
+constexpr int64_t kCodeTokens = 16;
 inline void dot_codes_portable(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded,
                                const int8_t* query, int64_t group, int32_t* dots, int64_t stride) {
     for (int64_t i = 0; i < tokens; ++i)
@@ -88,6 +98,78 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
     if (group - g == 1) dot_heads<1>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
     if (group - g == 2) dot_heads<2>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
     if (group - g == 3) dot_heads<3>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
+}
+
+#elif defined(__AVX2__)
+
+// Eight vectors of eight numbers each, to the vector of their sums.
+LOUVER_INLINE __m256i sums_of_eight(const __m256i* x) {
+    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
+    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+}
+
+// Eight tokens, four heads at most. A product of a code and a query is at most 15 * 127, and sixteen of them, those of
+// a lane in four pieces of 32 bytes, stay within 16 bits.
+template <int kHeads>
+LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
+                             int64_t half_padded, int32_t* dots, int64_t stride) {
+    constexpr int kTokens = kHeads > 2 ? 2 : 4;  // at once: their running sums stay in registers
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    __m256i total[kHeads][8];
+    for (int t0 = 0; t0 < 8; t0 += kTokens) {
+        for (int64_t first = 0; first < pieces; first += 4) {
+            __m256i sums[kHeads][kTokens];
+            for (int g = 0; g < kHeads; ++g)
+                for (int t = 0; t < kTokens; ++t) sums[g][t] = _mm256_setzero_si256();
+            for (int64_t c = first; c < pieces && c < first + 4; ++c)
+                for (int t = 0; t < kTokens; ++t) {
+                    const uint8_t* from = codes + (t0 + t) * row_bytes + 32 * c;
+                    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+                    const __m256i low = _mm256_and_si256(packed, nibble);
+                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+                    for (int g = 0; g < kHeads; ++g) {
+                        const auto* q = reinterpret_cast<const __m256i*>(query + g * 2 * half_padded + 32 * c);
+                        const auto* r = reinterpret_cast<const __m256i*>(query + (2 * g + 1) * half_padded + 32 * c);
+                        sums[g][t] = _mm256_add_epi16(sums[g][t], _mm256_maddubs_epi16(low, _mm256_loadu_si256(q)));
+                        sums[g][t] = _mm256_add_epi16(sums[g][t], _mm256_maddubs_epi16(high, _mm256_loadu_si256(r)));
+                    }
+                }
+            for (int g = 0; g < kHeads; ++g)
+                for (int t = 0; t < kTokens; ++t) {
+                    const __m256i wide = _mm256_madd_epi16(sums[g][t], ones);
+                    total[g][t0 + t] = first == 0 ? wide : _mm256_add_epi32(total[g][t0 + t], wide);
+                }
+        }
+    }
+    for (int g = 0; g < kHeads; ++g)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + g * stride), sums_of_eight(total[g]));
+}
+
+inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
+                      int64_t group, int32_t* dots, int64_t stride) {
+    alignas(64) uint8_t copy[kCodeTokens * 512];
+    int64_t row_bytes = half;
+    if (tokens < kCodeTokens || half % kCodeBytes != 0) {  // reading whole pieces could leave the array
+        row_bytes = half_padded;
+        std::memset(copy, 0, static_cast<size_t>(kCodeTokens * row_bytes));
+        for (int64_t i = 0; i < tokens; ++i)
+            std::memcpy(copy + i * row_bytes, codes + i * half, static_cast<size_t>(half));
+        codes = copy;
+    }
+    const int64_t pieces = half_padded / kCodeBytes;
+    for (int64_t i = 0; i < kCodeTokens; i += 8) {
+        const uint8_t* from = codes + i * row_bytes;
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4)
+            dot_heads<4>(from, row_bytes, pieces, query + g * 2 * half_padded, half_padded, dots + g * stride + i,
+                         stride);
+        const int8_t* rest = query + g * 2 * half_padded;
+        int32_t* to = dots + g * stride + i;
+        if (group - g == 1) dot_heads<1>(from, row_bytes, pieces, rest, half_padded, to, stride);
+        if (group - g == 2) dot_heads<2>(from, row_bytes, pieces, rest, half_padded, to, stride);
+        if (group - g == 3) dot_heads<3>(from, row_bytes, pieces, rest, half_padded, to, stride);
+    }
 }
 
 #else

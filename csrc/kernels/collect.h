@@ -19,23 +19,23 @@ inline void collect(Unit& unit, const float* cut, const float* before) {
     const int64_t from = unit.my_count();
     for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(kAlso == AlsoFind::top_estimate ? -kInfinity : 0.0f);
     for (int64_t i = begin; i < end; i += kLanes) {
-        const i32x16 inside = first_lanes(end - i);
-        i32x16 reached = {}, known = {};
+        const Ints inside = first_lanes(end - i);
+        Ints reached = {}, known = {};
         for (int64_t g = 0; g < group; ++g) {
-            const f32x16 upper = load<f32x16>(unit.upper + g * unit.stride + i);
-            const i32x16 above = upper >= cut[g];
+            const Floats upper = load<Floats>(unit.upper + g * unit.stride + i);
+            const Ints above = upper >= cut[g];
             reached |= above;
             known |= upper == kInfinity;
             if (before != nullptr) known |= upper >= before[g];
             if (kAlso == AlsoFind::left_out) {
-                const f32x16 mass = exp_above((upper - unit.top[g]) * scale);
+                const Floats mass = exp_above((upper - unit.top[g]) * scale);
                 unit.lanes[g] += select(inside & ~above, mass, splat(0));
             }
         }
         if (kAlso == AlsoFind::top_estimate) {
-            const i32x16 sketched = inside & ~reached;
+            const Ints sketched = inside & ~reached;
             for (int64_t g = 0; g < group; ++g) {
-                const f32x16 estimate = load<f32x16>(unit.estimate + g * unit.stride + i);
+                const Floats estimate = load<Floats>(unit.estimate + g * unit.stride + i);
                 unit.lanes[g] = max(unit.lanes[g], select(sketched, estimate, splat(-kInfinity)));
             }
         }
@@ -46,7 +46,7 @@ inline void collect(Unit& unit, const float* cut, const float* before) {
         }
     }
     for (int64_t g = 0; g < group; ++g) {
-        if (kAlso == AlsoFind::left_out) unit.mass[g] = static_cast<double>(sum(unit.lanes[g]));
+        if (kAlso == AlsoFind::left_out) unit.mass[g] = inflated_sum(unit.lanes[g], end - begin);
         if (kAlso == AlsoFind::top_estimate) unit.extreme(g).top = largest(unit.lanes[g]);
     }
     score_list(unit, from);

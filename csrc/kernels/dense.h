@@ -27,9 +27,9 @@ inline void fold_logits(Stream& stream, int64_t group, int64_t padded, float* lo
                         float softmax_scale) {
     for (int64_t g = 0; g < group; ++g) {
         float* x = logits + g * stride;
-        f32x16 top = splat(-kInfinity);
+        Floats top = splat(-kInfinity);
         for (int64_t i = 0; i < n; i += kLanes) {
-            f32x16 v = load<f32x16>(x + i) * softmax_scale;
+            Floats v = load<Floats>(x + i) * softmax_scale;
             if (n - i < kLanes) v = select(first_lanes(n - i), v, splat(-kInfinity));
             store(x + i, v);
             top = max(top, v);
@@ -39,14 +39,14 @@ inline void fold_logits(Stream& stream, int64_t group, int64_t padded, float* lo
             const float shrink = exp1(stream.peak[g] - peak);
             stream.total[g] *= shrink;
             for (int64_t d = 0; d < padded; d += kLanes)
-                store(stream.out + g * padded + d, load<f32x16>(stream.out + g * padded + d) * shrink);
+                store(stream.out + g * padded + d, load<Floats>(stream.out + g * padded + d) * shrink);
         }
         stream.peak[g] = peak;
         const float shift = peak == -kInfinity ? 0.0f : peak;
-        f32x16 total = {};
+        Floats total = {};
         for (int64_t i = 0; i < n; i += kLanes) {
-            const f32x16 v = load<f32x16>(x + i);
-            const f32x16 w = select(v < kLowestExponent + shift, splat(0), exp(v - shift));
+            const Floats v = load<Floats>(x + i);
+            const Floats w = select(v < kLowestExponent + shift, splat(0), exp(v - shift));
             store(x + i, w);
             total += w;
         }

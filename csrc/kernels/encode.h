@@ -15,7 +15,7 @@ constexpr double kNormSlack = 1 + 0x1p-40;
 constexpr int kClipSteps = 7;  // the scale that spans the range, one eighth of an octave above it, and five below
 
 inline float scale_of(int code) {
-    u8x16 x = {};
+    Bytes x = {};
     x[0] = static_cast<uint8_t>(code);
     return scales_of(x)[0];
 }
@@ -32,55 +32,58 @@ struct Block {
     int64_t tokens, dims, padded;
 };
 
-// Codes of 16 channels of one token in a frame: round((x - center) / scale) + 8, within 0..15, as floats.
-LOUVER_INLINE f32x16 code_lanes(f32x16 x, f32x16 center, f32x16 inverse_scale) {
-    const f32x16 y = (x - center) * inverse_scale;
+// Codes of kLanes channels of one token in a frame: round((x - center) / scale) + 8, within 0..15, as floats.
+LOUVER_INLINE Floats code_lanes(Floats x, Floats center, Floats inverse_scale) {
+    const Floats y = (x - center) * inverse_scale;
     return to_float(round_to_int(min(max(y, splat(-8.0f)), splat(7.0f))));
 }
 
-// Fit a frame to 16 channels; write centers (float16) and scale codes, return codes - 8 in codes [tokens, padded].
+// Fit a frame to kLanes channels; write centers (float16) and scale codes, and codes - 8 to codes [tokens, padded].
+// column holds kLanes floats a token: rows of a power of two of bytes would fight for the same places of the
+// first-level cache.
 inline void fit_channels(const Block& block, int64_t d, bool clip, uint16_t* center_out, uint8_t* scale_out,
-                         float* codes) {
-    f32x16 low = splat(kInfinity), high = splat(-kInfinity);
+                         float* codes, float* column) {
+    Floats low = splat(kInfinity), high = splat(-kInfinity);
+    int64_t n = 0;
     for (int64_t i = 0; i < block.tokens; ++i) {
         if (!block.valid[i]) continue;
-        const f32x16 x = load<f32x16>(block.x + i * block.padded + d);
+        const Floats x = load<Floats>(block.x + i * block.padded + d);
         low = min(low, x), high = max(high, x);
+        store(column + kLanes * n++, x);
     }
-    const i32x16 empty = low > high;
+    const Ints empty = low > high;
     low = select(empty, splat(0), low), high = select(empty, splat(0), high);
-    const f32x16 middle = (low + high) * 0.5f, range = (high - low) * (1.0f / 16);
-    i32x16 full;
+    const Floats middle = (low + high) * 0.5f, range = (high - low) * (1.0f / 16);
+    Ints full;
     for (int lane = 0; lane < kLanes; ++lane) {
         const float reach = range[lane] > 0x1p-30f ? range[lane] : 0x1p-30f;
         full[lane] = static_cast<int>(std::ceil(8 * (std::log2(reach) + 18)));
     }
-    f32x16 best_error = splat(kInfinity), best_scale = {}, best_center = {};
-    i32x16 best_code = {};
+    Floats best_error = splat(kInfinity), best_scale = {}, best_center = {};
+    Ints best_code = {};
     for (int step = 0; step < (clip ? kClipSteps : 1); ++step) {
-        i32x16 code = full + (1 - step);
-        code = code < 0 ? i32x16{} : code > 255 ? i32x16{} + 255 : code;
-        const f32x16 scale = scales_of(__builtin_convertvector((u32x16)code, u8x16));
-        f32x16 center = middle + 0.5f * scale;
-        u16x16 half;
-        for (int lane = 0; lane < kLanes; ++lane) half[lane] = to_half(center[lane]);
-        center = from_half(half);
-        const f32x16 inverse = 1.0f / scale;
-        f32x16 error = {};
-        for (int64_t i = 0; i < block.tokens && clip; ++i) {
-            if (!block.valid[i]) continue;
-            const f32x16 x = load<f32x16>(block.x + i * block.padded + d);
-            const f32x16 miss = x - (code_lanes(x, center, inverse) * scale + center);
-            error += miss * miss;
-        }
-        const i32x16 better = clip ? error < best_error : ~i32x16{};
+        Ints code = full + (1 - step);
+        code = code < 0 ? Ints{} : code > 255 ? Ints{} + 255 : code;
+        const Floats scale = scales_of(__builtin_convertvector((UInts)code, Bytes));
+        const Floats center = from_half(to_halves(middle + 0.5f * scale)), inverse = 1.0f / scale;
+        auto squared_miss = [&](int64_t i) LOUVER_ALWAYS_INLINE {
+            const Floats x = load<Floats>(column + kLanes * i);
+            const Floats miss = x - (code_lanes(x, center, inverse) * scale + center);
+            return miss * miss;
+        };
+        Floats error = {}, other = {};  // two, because each addition waits for the one before it
+        int64_t i = 0;
+        for (; i + 2 <= n && clip; i += 2) error += squared_miss(i), other += squared_miss(i + 1);
+        if (i < n && clip) error += squared_miss(i);
+        error += other;
+        const Ints better = clip ? error < best_error : ~Ints{};
         best_error = select(better, error, best_error);
         best_scale = select(better, scale, best_scale), best_center = select(better, center, best_center);
         best_code = better ? code : best_code;
     }
-    const f32x16 inverse = 1.0f / best_scale;
+    const Floats inverse = 1.0f / best_scale;
     for (int64_t i = 0; i < block.tokens; ++i) {
-        const f32x16 x = load<f32x16>(block.x + i * block.padded + d);
+        const Floats x = load<Floats>(block.x + i * block.padded + d);
         store(codes + i * block.padded + d, block.valid[i] ? code_lanes(x, best_center, inverse) : splat(0));
     }
     for (int lane = 0; lane < kLanes && d + lane < block.dims; ++lane) {
@@ -90,16 +93,29 @@ inline void fit_channels(const Block& block, int64_t d, bool clip, uint16_t* cen
 }
 
 // Fit and pack a block; codes [tokens, padded] keeps codes - 8 for the norms.
-inline void fit_block(const Block& block, bool clip, uint8_t* packed, uint16_t* center, uint8_t* scale, float* codes) {
-    for (int64_t d = 0; d < block.padded; d += kLanes) fit_channels(block, d, clip, center, scale, codes);
-    const int64_t half = block.dims / 2;
-    for (int64_t i = 0; i < block.tokens; ++i)
-        for (int64_t j = 0; j < half; ++j) {
-            const int low = static_cast<int>(codes[i * block.padded + j]) + 8;
-            const int high = static_cast<int>(codes[i * block.padded + half + j]) + 8;
-            packed[i * half + j] = static_cast<uint8_t>(low | high << 4);
+inline void fit_block(const Block& block, bool clip, uint8_t* packed, uint16_t* center, uint8_t* scale, float* codes,
+                      float* column) {
+    const int64_t half = block.dims / 2, padded = block.padded, tokens = block.tokens;
+    for (int64_t d = 0; d < padded; d += kLanes) fit_channels(block, d, clip, center, scale, codes, column);
+    for (int64_t i = 0; i < tokens; ++i) {
+        const float *low = codes + i * padded, *high = low + half;
+        int64_t j = 0;
+        for (; j + kLanes <= half; j += kLanes) {
+            const Ints a = round_to_int(load<Floats>(low + j)) + 8, b = round_to_int(load<Floats>(high + j)) + 8;
+            store_bytes(packed + i * half + j, a | b << 4);
         }
+        for (; j < half; ++j) {
+            const int code = (static_cast<int>(low[j]) + 8) | (static_cast<int>(high[j]) + 8) << 4;
+            packed[i * half + j] = static_cast<uint8_t>(code);
+        }
+    }
 }
+
+constexpr int kHalfLanes = kLanes / 2;
+typedef float HalfFloats __attribute__((vector_size(4 * kHalfLanes)));
+typedef double Doubles __attribute__((vector_size(8 * kHalfLanes)));
+
+LOUVER_INLINE Doubles widen(const float* p) { return __builtin_convertvector(load<HalfFloats>(p), Doubles); }
 
 // What the code misses in one channel, float64: the code times the scale is exact, the rest as the reference does it.
 LOUVER_INLINE double residual(const Block& block, const float* codes, const double* center, const double* scale,
@@ -107,16 +123,35 @@ LOUVER_INLINE double residual(const Block& block, const float* codes, const doub
     const int64_t at = i * block.padded + d;
     return static_cast<double>(block.x[at]) - (static_cast<double>(codes[at]) * scale[d] + center[d]);
 }
+LOUVER_INLINE Doubles residuals(const Block& block, const float* codes, const double* center, const double* scale,
+                                int64_t i, int64_t d) {
+    const int64_t at = i * block.padded + d;
+    return widen(block.x + at) - (widen(codes + at) * load<Doubles>(scale + d) + load<Doubles>(center + d));
+}
+
+// The sum of many(d), kHalfLanes channels from d on, and of one(d) where fewer are left, for channels begin .. end.
+template <class Many, class One>
+LOUVER_INLINE double sum_channels(int64_t begin, int64_t end, Many many, One one) {
+    Doubles lanes = {}, other = {};
+    int64_t d = begin;
+    for (; d + 2 * kHalfLanes <= end; d += 2 * kHalfLanes) lanes += many(d), other += many(d + kHalfLanes);
+    lanes += other;
+    double total = 0;
+    for (int lane = 0; lane < kHalfLanes; ++lane) total += lanes[lane];
+    for (; d < end; ++d) total += one(d);
+    return total;
+}
 
 struct EncodeScratch {
     float *x, *y, *codes;                      // [frame_len, padded] each: keys, values, codes
+    float* column;                             // [frame_len, kLanes]
     double *center, *scale, *inverse, *norms;  // [padded] x 3, [frame_len, slices]
     uint8_t* valid;                            // [frame_len]
 };
 
 inline void widen_frame(const uint16_t* center, const uint8_t* scale, int64_t dims, EncodeScratch& scratch) {
     for (int64_t d = 0; d < dims; ++d) {
-        u16x16 half = {};
+        Shorts half = {};
         half[0] = center[d];
         scratch.center[d] = from_half(half)[0];
         scratch.scale[d] = scale_of(scale[d]);
@@ -136,11 +171,15 @@ inline void encode_radii(const Block& block, const SketchView& sketch, const flo
         const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
         double widest = 0;
         for (int64_t i = 0; i < block.tokens; ++i) {
-            double total = 0;
-            for (int64_t d = begin; d < end && block.valid[i]; ++d) {
+            auto many = [&](int64_t d) LOUVER_ALWAYS_INLINE {
+                const Doubles e = residuals(block, scratch.codes, scratch.center, scratch.scale, i, d);
+                return e * e * load<Doubles>(scratch.inverse + d);
+            };
+            auto one = [&](int64_t d) LOUVER_ALWAYS_INLINE {
                 const double e = residual(block, scratch.codes, scratch.center, scratch.scale, i, d);
-                total += e * e * scratch.inverse[d];
-            }
+                return e * e * scratch.inverse[d];
+            };
+            const double total = block.valid[i] ? sum_channels(begin, end, many, one) : 0.0;
             const double norm = std::sqrt(total) * kNormSlack;
             scratch.norms[i] = norm;
             widest = norm > widest ? norm : widest;
@@ -168,14 +207,15 @@ struct EncodeContext {
 
 inline int64_t encode_bytes(const SketchView& sketch) {
     const int64_t padded = padded_dims(sketch.dims);
-    return 12 * sketch.frame_len * padded + 24 * padded + 8 * sketch.frame_len + sketch.frame_len + 512;
+    return 4 * sketch.frame_len * (3 * padded + kLanes) + 24 * padded + 9 * sketch.frame_len + 512;
 }
 
 inline EncodeScratch encode_scratch(const SketchView& sketch, char* memory) {
     const int64_t padded = padded_dims(sketch.dims), area = sketch.frame_len * padded;
     EncodeScratch out;
     out.x = reinterpret_cast<float*>(memory), out.y = out.x + area, out.codes = out.y + area;
-    out.center = reinterpret_cast<double*>(out.codes + area), out.scale = out.center + padded;
+    out.column = out.codes + area;
+    out.center = reinterpret_cast<double*>(out.column + sketch.frame_len * kLanes), out.scale = out.center + padded;
     out.inverse = out.scale + padded, out.norms = out.inverse + padded;
     out.valid = reinterpret_cast<uint8_t*>(out.norms + sketch.frame_len);
     return out;
@@ -186,9 +226,9 @@ inline void read_block(const CacheView& view, int64_t row, int64_t head, int64_t
     const int64_t padded = padded_dims(sketch.dims);
     for (int64_t i = 0; i < sketch.frame_len; ++i) {
         load_row(view, view.token(row, head, position + i), sketch.head_dim, padded, x + i * padded);
-        f32x16 outside = {};
+        Floats outside = {};
         for (int64_t d = 0; d < padded; d += kLanes) {
-            const f32x16 magnitude = abs(load<f32x16>(x + i * padded + d));
+            const Floats magnitude = abs(load<Floats>(x + i * padded + d));
             outside += select(magnitude <= kLargestFramed, splat(0), splat(1));  // true for NaN too
         }
         if (sum(outside) != 0) valid[i] = 0;
@@ -203,18 +243,30 @@ inline void encode_values(const SketchView& sketch, int64_t index, int64_t row, 
     const bool coded = sketch.coded_values;
     if (coded) {
         fit_block(block, sketch.clip, sketch.value_codes + index * sketch.frame_len * (dims / 2),
-                  sketch.value_center + index * dims, sketch.value_scale + index * dims, scratch.codes);
+                  sketch.value_center + index * dims, sketch.value_scale + index * dims, scratch.codes, scratch.column);
         widen_frame(sketch.value_center + index * dims, sketch.value_scale + index * dims, dims, scratch);
     }
     for (int64_t i = 0; i < sketch.frame_len; ++i) {
         if (!scratch.valid[i]) continue;
-        double away = 0, missed = 0;
-        for (int64_t d = 0; d < dims; ++d) {
-            const double a = static_cast<double>(scratch.y[i * padded + d]) - mean[d];
-            away += a * a;
-            const double e = coded ? residual(block, scratch.codes, scratch.center, scratch.scale, i, d) : 0;
-            missed += e * e;
-        }
+        const float* y = scratch.y + i * padded;
+        auto squares_away = [&](int64_t d) LOUVER_ALWAYS_INLINE {
+            const Doubles e = widen(y + d) - widen(mean + d);
+            return e * e;
+        };
+        auto square_away = [&](int64_t d) LOUVER_ALWAYS_INLINE {
+            const double e = static_cast<double>(y[d]) - mean[d];
+            return e * e;
+        };
+        auto squares_missed = [&](int64_t d) LOUVER_ALWAYS_INLINE {
+            const Doubles e = residuals(block, scratch.codes, scratch.center, scratch.scale, i, d);
+            return e * e;
+        };
+        auto square_missed = [&](int64_t d) LOUVER_ALWAYS_INLINE {
+            const double e = residual(block, scratch.codes, scratch.center, scratch.scale, i, d);
+            return e * e;
+        };
+        const double away = sum_channels(0, dims, squares_away, square_away);
+        const double missed = coded ? sum_channels(0, dims, squares_missed, square_missed) : 0.0;
         spread = away > spread ? away : spread;
         error = missed > error ? missed : error;
     }
@@ -235,7 +287,7 @@ inline void encode_one(const EncodeContext& context, int64_t row, int64_t head, 
     }
     const Block block{scratch.x, scratch.valid, sketch.frame_len, dims, padded};
     fit_block(block, sketch.clip, sketch.key_codes + index * sketch.frame_len * (dims / 2),
-              sketch.key_center + index * dims, sketch.key_scale + index * dims, scratch.codes);
+              sketch.key_center + index * dims, sketch.key_scale + index * dims, scratch.codes, scratch.column);
     widen_frame(sketch.key_center + index * dims, sketch.key_scale + index * dims, dims, scratch);
     encode_radii(block, sketch, sketch.query_weight + (row * sketch.heads + head) * dims, scratch,
                  sketch.key_radius + index * sketch.frame_len * sketch.slices,

@@ -32,7 +32,7 @@ template <class Type, int kHeads, bool kNorms>
 LOUVER_INLINE void score_four(const char* const* rows, const Group& group, int64_t g, float* scores, int64_t stride,
                               float* norms) {
     const int64_t padded = group.padded;
-    f32x16 dot[kHeads][4] = {}, squares[4] = {};
+    Floats dot[kHeads][4] = {}, squares[4] = {};
 #if defined(__AVX512BF16__)
     if constexpr (Type::is_bfloat16) {
         if (group.bfloat16 !=
@@ -42,25 +42,35 @@ LOUVER_INLINE void score_four(const char* const* rows, const Group& group, int64
                 __m512bh k[4];
                 for (int i = 0; i < 4; ++i) k[i] = pairs(rows[i] + d * 2);
                 for (int i = 0; i < 4 && kNorms; ++i)
-                    squares[i] = (f32x16)_mm512_dpbf16_ps((__m512)squares[i], k[i], k[i]);
+                    squares[i] = (Floats)_mm512_dpbf16_ps((__m512)squares[i], k[i], k[i]);
                 for (int h = 0; h < kHeads; ++h) {
                     const __m512bh q = pairs(group.bfloat16 + (g + h) * padded + d);
-                    for (int i = 0; i < 4; ++i) dot[h][i] = (f32x16)_mm512_dpbf16_ps((__m512)dot[h][i], k[i], q);
+                    for (int i = 0; i < 4; ++i) dot[h][i] = (Floats)_mm512_dpbf16_ps((__m512)dot[h][i], k[i], q);
                 }
             }
         }
     }
     if (!Type::is_bfloat16 || group.bfloat16 == nullptr)
 #endif
-        for (int64_t d = 0; d < padded; d += kLanes) {
-            f32x16 k[4];
-            for (int i = 0; i < 4; ++i) k[i] = Type::load16(rows[i] + d * Type::bytes);
-            for (int i = 0; i < 4 && kNorms; ++i) squares[i] += k[i] * k[i];
-            for (int h = 0; h < kHeads; ++h) {
-                const f32x16 q = load<f32x16>(group.q + (g + h) * padded + d);
-                for (int i = 0; i < 4; ++i) dot[h][i] += k[i] * q;
+    {
+        constexpr int kAtOnce = kRegisters == 32 || kHeads + kNorms < 3 ? 4 : 2;  // rows whose sums stay in registers
+        for (int first = 0; first < 4; first += kAtOnce) {
+            Floats part[kHeads][kAtOnce] = {}, norm[kAtOnce] = {};
+            for (int64_t d = 0; d < padded; d += kLanes) {
+                Floats k[kAtOnce];
+                for (int i = 0; i < kAtOnce; ++i) k[i] = Type::load_lanes(rows[first + i] + d * Type::bytes);
+                for (int i = 0; i < kAtOnce && kNorms; ++i) norm[i] += k[i] * k[i];
+                for (int h = 0; h < kHeads; ++h) {
+                    const Floats q = load<Floats>(group.q + (g + h) * padded + d);
+                    for (int i = 0; i < kAtOnce; ++i) part[h][i] += k[i] * q;
+                }
+            }
+            for (int i = 0; i < kAtOnce; ++i) {
+                squares[first + i] = norm[i];
+                for (int h = 0; h < kHeads; ++h) dot[h][first + i] = part[h][i];
             }
         }
+    }
     for (int h = 0; h < kHeads; ++h) sum4(dot[h], scores + h * stride);
     if (!kNorms) return;
     alignas(16) float sums[4];
@@ -142,13 +152,13 @@ inline void score_tokens(const Rows& keys, const Group& group, const int32_t* to
 template <class Type, int kHeads, int kVectors, bool kTouch>
 LOUVER_INLINE void add_tile(const char* const* rows, int64_t count, const float* weights, int64_t stride, float* out,
                             int64_t padded, int64_t d, const Ahead& ahead) {
-    f32x16 total[kHeads][kVectors];
+    Floats total[kHeads][kVectors];
     for (int g = 0; g < kHeads; ++g)
         for (int j = 0; j < kVectors; ++j) total[g][j] = splat(0);
     for (int64_t i = 0; i < count; ++i) {
         if (kTouch) ahead.touch(i);
-        f32x16 v[kVectors];
-        for (int j = 0; j < kVectors; ++j) v[j] = Type::load16(rows[i] + (d + j * kLanes) * Type::bytes);
+        Floats v[kVectors];
+        for (int j = 0; j < kVectors; ++j) v[j] = Type::load_lanes(rows[i] + (d + j * kLanes) * Type::bytes);
         for (int g = 0; g < kHeads; ++g) {
             const float w = weights[g * stride + i];
             for (int j = 0; j < kVectors; ++j) total[g][j] += w * v[j];
@@ -157,17 +167,20 @@ LOUVER_INLINE void add_tile(const char* const* rows, int64_t count, const float*
     for (int g = 0; g < kHeads; ++g)
         for (int j = 0; j < kVectors; ++j) {
             float* to = out + g * padded + d + j * kLanes;
-            store(to, load<f32x16>(to) + total[g][j]);  // tile by tile, so that rounding grows with the sum of both
+            store(to, load<Floats>(to) + total[g][j]);  // tile by tile, so that rounding grows with the sum of both
         }
 }
 
 template <class Type, int kHeads>
 LOUVER_INLINE void add_heads(const char* const* rows, int64_t count, const float* weights, int64_t stride, float* out,
                              int64_t padded, bool touch, const Ahead& ahead) {
+    constexpr int kVectors = kRegisters == 32 || kHeads < 3 ? 4 : 2;  // whose sums stay in registers
     int64_t d = 0;
-    for (; d + 4 * kLanes <= padded; d += 4 * kLanes) {
-        if (touch && d == 0) add_tile<Type, kHeads, 4, true>(rows, count, weights, stride, out, padded, d, ahead);
-        if (!touch || d != 0) add_tile<Type, kHeads, 4, false>(rows, count, weights, stride, out, padded, d, ahead);
+    for (; d + kVectors * kLanes <= padded; d += kVectors * kLanes) {
+        if (touch && d == 0)
+            add_tile<Type, kHeads, kVectors, true>(rows, count, weights, stride, out, padded, d, ahead);
+        if (!touch || d != 0)
+            add_tile<Type, kHeads, kVectors, false>(rows, count, weights, stride, out, padded, d, ahead);
     }
     for (; d < padded; d += kLanes)
         add_tile<Type, kHeads, 1, false>(rows, count, weights, stride, out, padded, d, ahead);
@@ -207,10 +220,10 @@ inline void add_tokens(const Rows& values, const int32_t* tokens, int64_t count,
             }
             if (norms != nullptr)
                 for (int64_t j = 0; j < n; ++j) {
-                    f32x16 squares = {};
+                    Floats squares = {};
                     for (int64_t d = 0; d < values.padded; d += kLanes) {
-                        const f32x16 v =
-                            direct ? Type::load16(rows[j] + d * Type::bytes) : Float32::load16(rows[j] + 4 * d);
+                        const Floats v =
+                            direct ? Type::load_lanes(rows[j] + d * Type::bytes) : Float32::load_lanes(rows[j] + 4 * d);
                         squares += v * v;
                     }
                     norms[i + j] = std::sqrt(sum(squares)) * kNormInflation + kTinyNorm;

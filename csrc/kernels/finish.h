@@ -6,8 +6,8 @@
 
 namespace louver::LOUVER_ISA {
 
-// Fold the list's exact keys into this thread's sums and output. keep(g, at) has a lane for each of the 16 entries from
-// `at` on, true where head g attends it; weights [group, kValueTile] is scratch.
+// Fold the list's exact keys into this thread's sums and output. keep(g, at) has a lane for each of the kLanes entries
+// from `at` on, true where head g attends it; weights [group, kValueTile] is scratch.
 template <class Keep>
 inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep keep) {
     const float scale = unit.problem->softmax_scale;
@@ -17,26 +17,26 @@ inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep kee
         const int64_t n = end - at < kValueTile ? end - at : kValueTile;
         for (int64_t g = 0; g < group; ++g)
             for (int64_t i = 0; i < kValueTile; i += kLanes) {
-                const i32x16 kept = keep(g, at + i) & first_lanes(n - i);
-                const f32x16 logit = (load<f32x16>(unit.scores + g * unit.stride + at + i) - unit.top[g]) * scale;
-                const f32x16 w = select(logit < kLowestExponent, splat(0), exp(logit));
+                const Ints kept = keep(g, at + i) & first_lanes(n - i);
+                const Floats logit = (load<Floats>(unit.scores + g * unit.stride + at + i) - unit.top[g]) * scale;
+                const Floats w = select(logit < kLowestExponent, splat(0), exp(logit));
                 store(weights + g * kValueTile + i, select(kept, w, splat(0)));
             }
         const int64_t next = end - at - n;  // values of the next tile
         add_tokens(unit.values, unit.tokens + at, n, weights, kValueTile, group, unit.my_out(), value_norms,
                    unit.buffer, Ahead{&unit.values, unit.tokens + at + n, next < kValueTile ? next : kValueTile});
         for (int64_t g = 0; g < group; ++g) {
-            f32x16 total = {}, floors = {}, rounding = {}, rounding_value = {}, size = {};
+            Floats total = {}, floors = {}, rounding = {}, rounding_value = {}, size = {};
             for (int64_t i = 0; i < n; i += kLanes) {
-                const i32x16 kept = keep(g, at + i) & first_lanes(n - i);
-                const f32x16 w = load<f32x16>(weights + g * kValueTile + i), norm = load<f32x16>(value_norms + i);
-                const f32x16 off = scale * unit.slacks(g, at + i);
-                const f32x16 score = load<f32x16>(unit.scores + g * unit.stride + at + i);
-                const f32x16 logit = abs((score - unit.top[g]) * scale);
+                const Ints kept = keep(g, at + i) & first_lanes(n - i);
+                const Floats w = load<Floats>(weights + g * kValueTile + i), norm = load<Floats>(value_norms + i);
+                const Floats off = scale * unit.slacks(g, at + i);
+                const Floats score = load<Floats>(unit.scores + g * unit.stride + at + i);
+                const Floats logit = abs((score - unit.top[g]) * scale);
                 // e^d - 1 <= d + d^2 for d <= 1; beyond, the bound means nothing anyway.
-                const f32x16 d = off + (5 * kUnit * (logit + off) + 0x1p-21f);
-                const f32x16 growth = select(d < 1.0f, d + d * d, splat(kInfinity));
-                const f32x16 surplus = select(kept, w * (growth + 8 * kUnit) + 1e-37f, splat(0));
+                const Floats d = off + (5 * kUnit * (logit + off) + 0x1p-21f);
+                const Floats growth = select(d < 1.0f, d + d * d, splat(kInfinity));
+                const Floats surplus = select(kept, w * (growth + 8 * kUnit) + 1e-37f, splat(0));
                 total += w;
                 floors += select(kept & (d < 1.0f), w * (1 - d), splat(0));
                 rounding += surplus;
@@ -45,7 +45,7 @@ inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep kee
             }
             Sums& sums = unit.sum_of(g);
             alignas(16) float four[4];
-            const f32x16 vectors[4] = {total, floors, rounding, rounding_value};
+            const Floats vectors[4] = {total, floors, rounding, rounding_value};
             sum4(vectors, four);
             sums.total += static_cast<double>(four[0]), sums.floors += static_cast<double>(four[1]);
             sums.rounding += static_cast<double>(four[2]), sums.rounding_value += static_cast<double>(four[3]);

@@ -14,29 +14,30 @@ inline void weigh_unit(Unit& unit) {
     const SketchView& sketch = *unit.sketch;
     const int64_t group = unit.group.size;
     const float scale = unit.problem->softmax_scale;
+    const double slack_of_sum = 1e-5 + static_cast<double>(lane_slack(sketch.frame_len));
     for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) {
         const int64_t base = b * sketch.frame_len;
         const double spread = static_cast<double>(sketch.value_spread[sketch.block(unit.row, unit.head, b)]);
         for (int64_t g = 0; g < 2 * group; ++g) unit.lanes[g] = splat(0);
         for (int64_t token = 0; token < sketch.frame_len; token += kLanes) {
             const int64_t at = base + token, count = sketch.frame_len - token;
-            const i32x16 inside = first_lanes(count);
-            i32x16 exact = {};
+            const Ints inside = first_lanes(count);
+            Ints exact = {};
             for (int64_t g = 0; g < group; ++g) {
-                const f32x16 upper = load<f32x16>(unit.upper + g * unit.stride + at);
+                const Floats upper = load<Floats>(unit.upper + g * unit.stride + at);
                 exact |= upper >= unit.cut[g];  // decided keys too: theirs is +infinity
             }
-            const i32x16 sketched = inside & ~exact;
+            const Ints sketched = inside & ~exact;
             for (int64_t g = 0; g < group; ++g) {
                 float* uppers = unit.upper + g * unit.stride + at;
                 float* estimates = unit.estimate + g * unit.stride + at;
-                const f32x16 upper = load<f32x16>(uppers), estimate = load<f32x16>(estimates);
+                const Floats upper = load<Floats>(uppers), estimate = load<Floats>(estimates);
                 const float top = unit.top[g], slack = unit.logit_slack[g];
-                const f32x16 logit = (estimate - top) * scale, above = (upper - top) * scale + slack;
-                const f32x16 weight = select(sketched & (logit >= kLowestExponent), exp(logit), splat(0));
-                const f32x16 most = exp(above), ceiling = select(sketched, most, splat(0));
+                const Floats logit = (estimate - top) * scale, above = (upper - top) * scale + slack;
+                const Floats weight = select(sketched & (logit >= kLowestExponent), exp(logit), splat(0));
+                const Floats most = exp(above), ceiling = select(sketched, most, splat(0));
                 // The bounds lie symmetrically about the estimate: ceiling / weight = weight / floor.
-                const f32x16 floor = select(sketched, weight * (weight * reciprocal_below(most)), splat(0));
+                const Floats floor = select(sketched, weight * (weight * reciprocal_below(most)), splat(0));
                 unit.lanes[2 * g] += max(ceiling - weight, weight - floor);  // how far the true weight can be
                 unit.lanes[2 * g + 1] += floor;
                 store_some(uppers, ceiling, count);
@@ -44,18 +45,18 @@ inline void weigh_unit(Unit& unit) {
             }
         }
         for (int64_t g = 0; g < group; ++g) {
-            const double surplus = static_cast<double>(sum(unit.lanes[2 * g])) * (1 + 1e-5);
+            const double surplus = static_cast<double>(sum(unit.lanes[2 * g])) * (1 + slack_of_sum);
             Sums& sums = unit.sum_of(g);
             sums.surplus += surplus;
             if (surplus > 0) sums.surplus_spread += surplus * spread;
-            sums.floors += static_cast<double>(sum(unit.lanes[2 * g + 1])) * (1 - 1e-5);
+            sums.floors += static_cast<double>(sum(unit.lanes[2 * g + 1])) * (1 - slack_of_sum);
         }
     }
 }
 
 struct CoarseScratch {
     const uint8_t** rows;  // [frame_len]
-    uint32_t* live;        // per 16 tokens, a bit for each whose value is read
+    uint32_t* live;        // per kLanes tokens, a bit for each whose value is read
     int64_t stride;        // frame_len in whole vectors
     float* weight;         // [stride + kLanes], a head's weights of the live tokens
     uint8_t* rounded;      // [group, stride]
@@ -68,16 +69,17 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
     const int64_t group = unit.group.size, frame_len = sketch.frame_len, dims = sketch.dims, half = dims / 2;
     const int64_t base = b * frame_len, index = sketch.block(unit.row, unit.head, b);
     const uint8_t* codes = sketch.value_codes + index * frame_len * half;
+    const float slack_of_sum = lane_slack(frame_len);
     int64_t count = 0;
     for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(0);
     for (int64_t token = 0; token < frame_len; token += kLanes) {
-        const i32x16 inside = first_lanes(frame_len - token);
-        i32x16 live = {};
+        const Ints inside = first_lanes(frame_len - token);
+        Ints live = {};
         for (int64_t g = 0; g < group; ++g)
-            live |= load<f32x16>(unit.upper + g * unit.stride + base + token) >= live_above[g];
+            live |= load<Floats>(unit.upper + g * unit.stride + base + token) >= live_above[g];
         for (int64_t g = 0; g < group; ++g)
             unit.lanes[g] +=
-                select(inside & ~live, load<f32x16>(unit.estimate + g * unit.stride + base + token), splat(0));
+                select(inside & ~live, load<Floats>(unit.estimate + g * unit.stride + base + token), splat(0));
         scratch.live[token / kLanes] = bits(live & inside);
         for (uint32_t todo = scratch.live[token / kLanes]; todo != 0; todo &= todo - 1)
             scratch.rows[count++] = codes + (token + __builtin_ctz(todo)) * half;
@@ -89,15 +91,15 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
     if (count > 0) {
         unit.counts[unit.rank * kNumCounts + kCoarse] += count;
         unit.counts[unit.rank * kNumCounts + kValueBlocks] += 1;
-        f32x16 squares = {};
+        Floats squares = {};
         for (int64_t d = 0; d < unit.group.padded; d += kLanes) {
-            u8x16 code = {};
-            u16x16 center = {};
+            Bytes code = {};
+            Shorts center = {};
             const int64_t n = dims - d < kLanes ? dims - d : kLanes;
             std::memcpy(&code, sketch.value_scale + index * dims + d, static_cast<size_t>(n));
             std::memcpy(&center, sketch.value_center + index * dims + d, static_cast<size_t>(2 * n));
-            const f32x16 s = select(first_lanes(n), scales_of(code), splat(0)), z = from_half(center);
-            const f32x16 reach = abs(z) + 8.0f * s;
+            const Floats s = select(first_lanes(n), scales_of(code), splat(0)), z = from_half(center);
+            const Floats reach = abs(z) + 8.0f * s;
             squares += reach * reach;
             store(unit.value_scale + d, s), store(unit.value_center + d, z);
         }
@@ -107,24 +109,24 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
     for (int64_t g = 0; g < group; ++g) {
         const float* weights = unit.estimate + g * unit.stride + base;
         Sums& sums = unit.sum_of(g);
-        f32x16 tops = {};
+        Floats tops = {};
         int64_t packed = 0;
         for (int64_t token = 0; token < frame_len && packed < count; token += kLanes) {
-            store_packed(scratch.weight + packed, load<f32x16>(weights + token), scratch.live[token / kLanes]);
+            store_packed(scratch.weight + packed, load<Floats>(weights + token), scratch.live[token / kLanes]);
             packed += __builtin_popcount(scratch.live[token / kLanes]);
         }
         store(scratch.weight + count, splat(0));
-        for (int64_t i = 0; i < count; i += kLanes) tops = max(tops, load<f32x16>(scratch.weight + i));
+        for (int64_t i = 0; i < count; i += kLanes) tops = max(tops, load<Floats>(scratch.weight + i));
         const float top = largest(tops), unread = sum(unit.lanes[g]);
         sums.unread += static_cast<double>(unread);
         sums.total += static_cast<double>(unread);
         if (unread > 0) sums.value_miss += static_cast<double>(unread) * spread;
         sums.size += static_cast<double>(unread) * static_cast<double>(unit.mean_norm);
         const float step = top / 255, inverse = top > 1e-30f ? 255 / top : 0.0f;
-        f32x16 misses = {}, wholes = {};
+        Floats misses = {}, wholes = {};
         for (int64_t i = 0; i < count; i += kLanes) {
-            const f32x16 w = load<f32x16>(scratch.weight + i);
-            const i32x16 r = round_to_int(w * inverse);
+            const Floats w = load<Floats>(scratch.weight + i);
+            const Ints r = round_to_int(w * inverse);
             misses += abs(w - step * to_float(r));
             wholes += to_float(r);
             store_bytes(scratch.rounded + g * scratch.stride + i, r);
@@ -133,7 +135,7 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
         unit.step_of[g] = step;
         unit.whole_of[g] = static_cast<double>(step) * static_cast<double>(whole);
         // The weights used are the rounded ones: what rounding moved is part of what they can be off by.
-        const double moved = static_cast<double>(missed * (1 + 1e-5f) + unread * 1e-6f);
+        const double moved = static_cast<double>(missed * (1 + slack_of_sum) + unread * slack_of_sum);
         sums.surplus += moved;
         if (moved > 0) sums.surplus_spread += moved * spread;
         sums.total += unit.whole_of[g];
@@ -147,9 +149,9 @@ inline void add_block(Unit& unit, int64_t b, const float* live_above, CoarseScra
         float* out = unit.my_out() + g * unit.group.padded;
         const int32_t* total = scratch.total + g * dims;
         for (int64_t d = 0; d < unit.group.padded; d += kLanes) {
-            const f32x16 coded = step * to_float(load<i32x16>(total + d)) - 8 * whole;
-            store(out + d, load<f32x16>(out + d) + (load<f32x16>(unit.value_scale + d) * coded +
-                                                    load<f32x16>(unit.value_center + d) * whole));
+            const Floats coded = step * to_float(load<Ints>(total + d)) - 8 * whole;
+            store(out + d, load<Floats>(out + d) + (load<Floats>(unit.value_scale + d) * coded +
+                                                    load<Floats>(unit.value_center + d) * whole));
         }
     }
 }
@@ -195,7 +197,7 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
     unit.wait();
     weigh_unit(unit);
     int64_t* counts = unit.counts + unit.rank * kNumCounts;
-    auto keep = [](int64_t, int64_t) LOUVER_ALWAYS_INLINE { return ~i32x16{}; };
+    auto keep = [](int64_t, int64_t) LOUVER_ALWAYS_INLINE { return ~Ints{}; };
     for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
         if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += 1;
         for (int64_t g = 0; g < group && unit.output->exact_mask != nullptr; ++g) unit.mark_exact(g, unit.tokens[i]);

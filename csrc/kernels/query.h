@@ -30,9 +30,9 @@ inline float huge_norm_above(const float* x, int64_t padded) {
 
 // At least the Euclidean norm of x[padded].
 LOUVER_INLINE float norm_above(const float* x, int64_t padded) {
-    f32x16 total = {};
+    Floats total = {};
     for (int64_t d = 0; d < padded; d += kLanes) {
-        const f32x16 v = load<f32x16>(x + d);
+        const Floats v = load<Floats>(x + d);
         total += v * v;
     }
     const float norm = std::sqrt(sum(total)) * kNormInflation + kTinyNorm;

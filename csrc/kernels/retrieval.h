@@ -13,10 +13,10 @@ inline float nth_floor(const Unit& unit, int64_t g, int64_t rank) {
         int64_t reached = 0;
         unit.lists([&](int64_t begin, int64_t n) {
             const float each = score_error(unit.group.padded) * unit.group.norm[g];
-            i32x16 total = {};
+            Ints total = {};
             for (int64_t i = 0; i < n; i += kLanes) {
-                const f32x16 floor =
-                    load<f32x16>(scores + begin + i) - (each * load<f32x16>(unit.norms + begin + i) + kAbsolute);
+                const Floats floor =
+                    load<Floats>(scores + begin + i) - (each * load<Floats>(unit.norms + begin + i) + kAbsolute);
                 total -= (floor >= t) & first_lanes(n - i);
             }
             for (int lane = 0; lane < kLanes; ++lane) reached += total[lane];
@@ -39,20 +39,20 @@ inline void settle_list(Unit& unit, const float* tau, Keep keep) {
     int64_t to = begin;
     for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(0);
     for (int64_t at = begin; at < end; at += kLanes) {
-        const i32x16 inside = first_lanes(end - at);
-        i32x16 any = {};
+        const Ints inside = first_lanes(end - at);
+        Ints any = {};
         for (int64_t g = 0; g < group; ++g) {
-            const i32x16 kept = inside & keep(g, at);
+            const Ints kept = inside & keep(g, at);
             any |= kept;
-            const f32x16 upper = unit.uppers(g, at), score = load<f32x16>(unit.scores + g * unit.stride + at);
-            const f32x16 ceiling = min(upper, score + unit.slacks(g, at));
-            const i32x16 left_out = inside & ~kept & (upper >= tau[g]);
+            const Floats upper = unit.uppers(g, at), score = load<Floats>(unit.scores + g * unit.stride + at);
+            const Floats ceiling = min(upper, score + unit.slacks(g, at));
+            const Ints left_out = inside & ~kept & (upper >= tau[g]);
             unit.lanes[g] += select(left_out, exp_above((ceiling - unit.top[g]) * scale), splat(0));
             for (uint32_t todo = bits(kept); unit.output->exact_mask != nullptr && todo != 0; todo &= todo - 1)
                 unit.mark_exact(g, unit.tokens[at + __builtin_ctz(todo)]);
         }
         counts[kScanned] +=
-            __builtin_popcount(bits(inside & (load<i32x16>(unit.tokens + at) < static_cast<int32_t>(unit.closed))));
+            __builtin_popcount(bits(inside & (load<Ints>(unit.tokens + at) < static_cast<int32_t>(unit.closed))));
         for (uint32_t todo = bits(any); todo != 0; todo &= todo - 1, ++to) {
             const int64_t from = at + __builtin_ctz(todo);
             counts[kExact] += unit.tokens[from] < unit.closed;
@@ -61,7 +61,7 @@ inline void settle_list(Unit& unit, const float* tau, Keep keep) {
         }
     }
     unit.my_count() = to - begin;
-    for (int64_t g = 0; g < group; ++g) unit.sum_of(g).left_out += static_cast<double>(sum(unit.lanes[g])) * (1 + 1e-5);
+    for (int64_t g = 0; g < group; ++g) unit.sum_of(g).left_out += inflated_sum(unit.lanes[g], end - begin);
 }
 
 inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
@@ -107,7 +107,7 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     });
     unit.wait();
     auto keep = [&](int64_t g, int64_t at) LOUVER_ALWAYS_INLINE {
-        const f32x16 upper = unit.uppers(g, at), score = load<f32x16>(unit.scores + g * unit.stride + at);
+        const Floats upper = unit.uppers(g, at), score = load<Floats>(unit.scores + g * unit.stride + at);
         return (upper == kInfinity) | ((upper >= tau[g]) & ~(score + unit.slacks(g, at) < final_tau[g]));
     };
     settle_list(unit, tau, keep);

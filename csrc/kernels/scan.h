@@ -10,18 +10,18 @@
 
 namespace louver::LOUVER_ISA {
 
-// Radii of 16 tokens for slice s, as floats; tokens past `count` get 0.
-LOUVER_INLINE f32x16 radii(const uint8_t* radius, int64_t slices, int64_t s, int64_t count) {
-    u32x16 x = {};
+// Radii of kLanes tokens for slice s, as floats; tokens past `count` get 0.
+LOUVER_INLINE Floats radii(const uint8_t* radius, int64_t slices, int64_t s, int64_t count) {
+    UInts x = {};
     if (count >= kLanes && slices == 1) {
-        x = __builtin_convertvector(load<u8x16>(radius), u32x16);
+        x = __builtin_convertvector(load<Bytes>(radius), UInts);
     } else if (count >= kLanes && slices == 2) {
-        const u32x16 pair = __builtin_convertvector(load<u16x16>(radius), u32x16);
+        const UInts pair = __builtin_convertvector(load<Shorts>(radius), UInts);
         x = s == 0 ? pair & 255u : pair >> 8;  // little-endian
     } else {
         for (int i = 0; i < (count < kLanes ? count : kLanes); ++i) x[i] = radius[i * slices + s];
     }
-    return to_float((i32x16)x);
+    return to_float((Ints)x);
 }
 
 // Radii, dots and unbounded keys of block `index`, for head_bounds.
@@ -31,15 +31,18 @@ inline void scan_block(Scan& scan, int64_t index) {
     prepare_block(scan, index);
     const uint8_t* codes = sketch.key_codes + index * frame_len * scan.half;
     const uint8_t* radius = sketch.key_radius + index * frame_len * slices;
+    for (int64_t token = 0; token < frame_len; token += kCodeTokens) {
+        const int64_t count = frame_len - token < kCodeTokens ? frame_len - token : kCodeTokens;
+        for (int64_t line = 0; line < kCodeTokens * scan.half; line += 64)
+            __builtin_prefetch(codes + (frame_len + token) * scan.half + line);  // the next block's
+        dot_codes(codes + token * scan.half, count, scan.half, scan.half_padded, scan.block.query,
+                  scan.planes * scan.group.size, scan.dots + token, scan.stride);
+    }
     for (int64_t token = 0; token < frame_len; token += kLanes) {
         const int64_t count = frame_len - token;
-        for (int64_t line = 0; line < kLanes * scan.half; line += 64)
-            __builtin_prefetch(codes + (frame_len + token) * scan.half + line);  // the next block's
-        dot_codes(codes + token * scan.half, count < kLanes ? count : kLanes, scan.half, scan.half_padded,
-                  scan.block.query, scan.planes * scan.group.size, scan.dots + token, scan.stride);
-        i32x16 unbounded = scan.block.finite ? ~first_lanes(count) : ~i32x16{};
+        Ints unbounded = scan.block.finite ? ~first_lanes(count) : ~Ints{};
         for (int64_t s = 0; s < slices; ++s) {
-            const f32x16 r = radii(radius + token * slices, slices, s, count);
+            const Floats r = radii(radius + token * slices, slices, s, count);
             unbounded |= r == static_cast<float>(kNoBound);
             store(scan.radii + s * scan.stride + token, r);
         }
@@ -47,8 +50,8 @@ inline void scan_block(Scan& scan, int64_t index) {
     }
 }
 
-// Call body(token, estimate, half_width) for each 16 tokens of the scanned block, for head g. Lanes of unbounded keys
-// mean nothing. kSlices: the sketch's, or 0 for any.
+// Call body(token, estimate, half_width) for kLanes tokens at a time of the scanned block, for head g. Lanes of
+// unbounded keys mean nothing. kSlices: the sketch's, or 0 for any.
 template <int kSlices, class Body>
 LOUVER_INLINE void head_bounds_of(const Scan& scan, int64_t g, Body body) {
     const int64_t slices = kSlices == 0 ? scan.sketch->slices : kSlices, stride = scan.stride;
@@ -57,10 +60,10 @@ LOUVER_INLINE void head_bounds_of(const Scan& scan, int64_t g, Body body) {
     const float* reach = scan.block.reach + g * slices;
     const int32_t *high = scan.dots + g * stride, *low = scan.dots + (scan.group.size + g) * stride;
     for (int64_t token = 0; token < scan.sketch->frame_len; token += kLanes) {
-        i32x16 dot = load<i32x16>(high + token);
-        if (scan.planes == 2) dot = 256 * dot + load<i32x16>(low + token);
-        f32x16 width = splat(slack);
-        for (int64_t s = 0; s < slices; ++s) width += reach[s] * load<f32x16>(scan.radii + s * stride + token);
+        Ints dot = load<Ints>(high + token);
+        if (scan.planes == 2) dot = 256 * dot + load<Ints>(low + token);
+        Floats width = splat(slack);
+        for (int64_t s = 0; s < slices; ++s) width += reach[s] * load<Floats>(scan.radii + s * stride + token);
         body(token, bias + half_step * to_float(2 * dot - offset), width);
     }
 }

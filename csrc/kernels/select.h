@@ -18,10 +18,10 @@ LOUVER_INLINE float float_at(int32_t order) {
 
 // Values x[0 .. n), readable up to whole vectors; step > 1 looks at every step-th vector only.
 LOUVER_INLINE int64_t count_at_least(const float* x, int64_t n, float t, int64_t step = 1) {
-    i32x16 total = {};
+    Ints total = {};
     int64_t i = 0;
-    for (; i + kLanes <= n; i += step * kLanes) total -= load<f32x16>(x + i) >= t;
-    if (i < n) total -= (load<f32x16>(x + i) >= t) & first_lanes(n - i);
+    for (; i + kLanes <= n; i += step * kLanes) total -= load<Floats>(x + i) >= t;
+    if (i < n) total -= (load<Floats>(x + i) >= t) & first_lanes(n - i);
     int64_t out = 0;
     for (int lane = 0; lane < kLanes; ++lane) out += total[lane];
     return out;
@@ -29,19 +29,19 @@ LOUVER_INLINE int64_t count_at_least(const float* x, int64_t n, float t, int64_t
 
 // The sum of the values below t.
 LOUVER_INLINE double sum_below(const float* x, int64_t n, float t, int64_t step = 1) {
-    f32x16 total = {}, other = {};  // two, because each addition waits for the one before it
+    Floats total = {}, other = {};  // two, because each addition waits for the one before it
     int64_t i = 0;
     for (; i + (step + 1) * kLanes <= n; i += 2 * step * kLanes) {
-        const f32x16 v = load<f32x16>(x + i), w = load<f32x16>(x + i + step * kLanes);
+        const Floats v = load<Floats>(x + i), w = load<Floats>(x + i + step * kLanes);
         total += select(v < t, v, splat(0)), other += select(w < t, w, splat(0));
     }
     for (; i + kLanes <= n; i += step * kLanes) {
-        const f32x16 v = load<f32x16>(x + i);
+        const Floats v = load<Floats>(x + i);
         total += select(v < t, v, splat(0));
     }
     total += other;
     if (i < n) {
-        const f32x16 v = load<f32x16>(x + i);
+        const Floats v = load<Floats>(x + i);
         total += select((v < t) & first_lanes(n - i), v, splat(0));
     }
     double out = 0;
@@ -70,10 +70,10 @@ struct Range {
 
 // The smallest and largest finite values.
 inline Range finite_range(const float* x, int64_t n, int64_t step) {
-    f32x16 low = splat(__builtin_inff()), high = splat(-__builtin_inff());
+    Floats low = splat(__builtin_inff()), high = splat(-__builtin_inff());
     for (int64_t i = 0; i + kLanes <= n; i += step * kLanes) {
-        const f32x16 v = load<f32x16>(x + i);
-        const i32x16 finite = abs(v) < __builtin_inff();
+        const Floats v = load<Floats>(x + i);
+        const Ints finite = abs(v) < __builtin_inff();
         low = select(finite & (v < low), v, low), high = select(finite & (v > high), v, high);
     }
     return Range{-largest(-low), largest(high)};

@@ -7,8 +7,9 @@
 
 namespace louver::LOUVER_ISA {
 
-constexpr int kStepPlanes =
-    1;  // docs/kernels.md: a second one tightens bounds by an eighth and costs more than it saves
+// Planes of the query's rounding. docs/kernels.md: a second one tightens bounds by an eighth and costs a step more than
+// it saves; a search has nothing else to do.
+constexpr int kStepPlanes = 1, kSearchPlanes = 2;
 
 // Hands out 64-byte aligned pieces; with a null base it only measures.
 class Arena {
@@ -35,6 +36,7 @@ struct StepContext {
     int64_t longest;
     char* memory;
     int64_t shared_bytes, private_bytes;  // per thread
+    int planes;                           // of the query's rounding
 };
 
 // What the threads of a unit share.
@@ -66,12 +68,12 @@ struct Private {
 
 // What each thread has for itself.
 inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sketch, int64_t group, int64_t padded,
-                               char* memory) {
+                               int planes, char* memory) {
     Arena arena(memory);
     mine.group = arena.take<float>(group_floats(group, padded));
     mine.weights = arena.take<float>(group * kValueTile);
     mine.value_norms = arena.take<float>(kValueTile);
-    mine.scan = arena.take<char>(scan_bytes(sketch, group, kStepPlanes));
+    mine.scan = arena.take<char>(scan_bytes(sketch, group, planes));
     mine.coarse.stride = padded_dims(sketch.frame_len);
     mine.coarse.rows = arena.take<const uint8_t*>(mine.coarse.stride);
     mine.coarse.live = arena.take<uint32_t>(mine.coarse.stride / kLanes);
@@ -79,39 +81,48 @@ inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sket
     mine.coarse.rounded = arena.take<uint8_t>(group * mine.coarse.stride);
     mine.coarse.total = arena.take<int32_t>(group * sketch.dims + kLanes);
     unit.buffer = arena.take<float>(kValueTile * padded);
-    unit.lanes = arena.take<f32x16>(3 * group);
+    unit.lanes = arena.take<Floats>(3 * group);
     unit.mass = arena.take<double>(group);
     unit.value_center = arena.take<float>(padded), unit.value_scale = arena.take<float>(padded);
     unit.step_of = arena.take<float>(group), unit.whole_of = arena.take<double>(group);
     return arena.used();
 }
 
-inline void step_member(void* argument, int rank, Team& team) {
-    const auto& context = *static_cast<StepContext*>(argument);
+// What the threads of a unit see of it.
+inline Unit make_unit(const StepContext& context, int64_t index, bool shared, int rank, Team& team, Private& mine) {
     const Problem& problem = *context.problem;
     const SketchView& sketch = *context.sketch;
     const int64_t group = problem.group_size(), padded = padded_dims(sketch.dims);
     const int64_t per_thread = context.shared_bytes + context.private_bytes;
+    Unit unit = {};
+    unit.problem = &problem, unit.sketch = &sketch, unit.rule = context.rule, unit.output = context.output;
+    unit.team = &team, unit.rank = shared ? rank : 0, unit.size = shared ? team.size() : 1;
+    unit.row = index / problem.num_kv_heads, unit.head = index % problem.num_kv_heads;
+    char* memory = context.memory + (shared ? 0 : rank) * per_thread;
+    lay_out_shared(unit, context.longest, group, padded, unit.size, memory);
+    lay_out_private(unit, mine, sketch, group, padded, context.planes,
+                    context.memory + rank * per_thread + context.shared_bytes);
+    unit.length = problem.row_len(unit.row);
+    unit.num_blocks = sketch.num_blocks[unit.row];
+    unit.closed = unit.num_blocks * sketch.frame_len;
+    unit.blocks = part_of(unit.num_blocks, 1, unit.rank, unit.size);
+    unit.list_begin = unit.list_begin_of(unit.rank);
+    unit.group = read_group(problem, unit.row, unit.head, mine.group);
+    const int64_t start = problem.kv_start[unit.row];
+    unit.keys = Rows{&problem.keys, unit.row, unit.head, start, problem.head_dim, padded};
+    unit.values = Rows{&problem.values, unit.row, unit.head, start, problem.head_dim, padded};
+    unit.scan = make_scan(sketch, unit.group, unit.row, unit.head, context.planes, mine.scan);
+    return unit;
+}
+
+inline void step_member(void* argument, int rank, Team& team) {
+    const auto& context = *static_cast<StepContext*>(argument);
+    const Problem& problem = *context.problem;
+    const SketchView& sketch = *context.sketch;
     for_units(problem.batch * problem.num_kv_heads, rank, team.size(), [&](int64_t index, bool shared) {
         if (shared) team.barrier();  // the first thread's memory is about to be everyone's
-        Unit unit = {};
         Private mine = {};
-        unit.problem = &problem, unit.sketch = &sketch, unit.rule = context.rule, unit.output = context.output;
-        unit.team = &team, unit.rank = shared ? rank : 0, unit.size = shared ? team.size() : 1;
-        unit.row = index / problem.num_kv_heads, unit.head = index % problem.num_kv_heads;
-        char* memory = context.memory + (shared ? 0 : rank) * per_thread;
-        lay_out_shared(unit, context.longest, group, padded, unit.size, memory);
-        lay_out_private(unit, mine, sketch, group, padded, context.memory + rank * per_thread + context.shared_bytes);
-        unit.length = problem.row_len(unit.row);
-        unit.num_blocks = sketch.num_blocks[unit.row];
-        unit.closed = unit.num_blocks * sketch.frame_len;
-        unit.blocks = part_of(unit.num_blocks, 1, unit.rank, unit.size);
-        unit.list_begin = unit.list_begin_of(unit.rank);
-        unit.group = read_group(problem, unit.row, unit.head, mine.group);
-        const int64_t start = problem.kv_start[unit.row];
-        unit.keys = Rows{&problem.keys, unit.row, unit.head, start, problem.head_dim, padded};
-        unit.values = Rows{&problem.values, unit.row, unit.head, start, problem.head_dim, padded};
-        unit.scan = make_scan(sketch, unit.group, unit.row, unit.head, kStepPlanes, mine.scan);
+        Unit unit = make_unit(context, index, shared, rank, team, mine);
         const float* mean = sketch.value_mean + (unit.row * sketch.heads + unit.head) * sketch.dims;
         double squares = 0;
         for (int64_t d = 0; d < sketch.dims; ++d)
@@ -125,9 +136,10 @@ inline void step_member(void* argument, int rank, Team& team) {
     });
 }
 
-inline void step(const Problem& problem, const SketchView& sketch, const Rule& rule, const StepOutput& output,
-                 int num_threads) {
-    StepContext context{&problem, &sketch, &rule, &output, 0, nullptr, 0, 0};
+// Memory for all threads, on the caller's scratch.
+inline StepContext make_context(const Problem& problem, const SketchView& sketch, const Rule& rule,
+                                const StepOutput& output, int planes, int num_threads) {
+    StepContext context{&problem, &sketch, &rule, &output, 0, nullptr, 0, 0, planes};
     for (int64_t row = 0; row < problem.batch; ++row)
         context.longest = problem.row_len(row) > context.longest ? problem.row_len(row) : context.longest;
     Unit unit = {};
@@ -135,8 +147,14 @@ inline void step(const Problem& problem, const SketchView& sketch, const Rule& r
     unit.rule = &rule;
     const int64_t group = problem.group_size(), padded = padded_dims(sketch.dims);
     context.shared_bytes = lay_out_shared(unit, context.longest, group, padded, num_threads, nullptr);
-    context.private_bytes = lay_out_private(unit, mine, sketch, group, padded, nullptr);
+    context.private_bytes = lay_out_private(unit, mine, sketch, group, padded, planes, nullptr);
     context.memory = scratch((context.shared_bytes + context.private_bytes) * num_threads);
+    return context;
+}
+
+inline void step(const Problem& problem, const SketchView& sketch, const Rule& rule, const StepOutput& output,
+                 int num_threads) {
+    StepContext context = make_context(problem, sketch, rule, output, kStepPlanes, num_threads);
     parallel(num_threads, step_member, &context);
 }
 

@@ -61,7 +61,7 @@ struct Unit {
     Sums* sums;                         // [size, group], shared
     float* out;                         // [size, group, padded], shared
     float* buffer;                      // this thread's: kValueTile * padded floats
-    f32x16* lanes;                      // this thread's: running extremes, 3 per head
+    Floats* lanes;                      // this thread's: running extremes, 3 per head
 
     int64_t& my_count() const { return list_count[rank]; }
     Extremes& extreme(int64_t g) const { return extremes[rank * group.size + g]; }
@@ -85,15 +85,15 @@ struct Unit {
     void lists(Body body) const {
         for (int member = 0; member < size; ++member) body(list_begin_of(member), list_count[member]);
     }
-    // Of the 16 list entries from i on; entries past the list mean nothing.
-    f32x16 slacks(int64_t g, int64_t i) const {
-        return score_error(group.padded) * group.norm[g] * load<f32x16>(norms + i) + kAbsolute;
+    // Of the kLanes list entries from i on; entries past the list mean nothing.
+    Floats slacks(int64_t g, int64_t i) const {
+        return score_error(group.padded) * group.norm[g] * load<Floats>(norms + i) + kAbsolute;
     }
     // Their upper bounds: +infinity for tokens no block holds.
-    f32x16 uppers(int64_t g, int64_t i) const {
-        const i32x16 token = load<i32x16>(tokens + i);
-        const i32x16 held = (token >= 0) & (token < static_cast<int32_t>(closed));
-        return select(held, gather(upper + g * stride, held ? token : i32x16{}), splat(kInfinity));
+    Floats uppers(int64_t g, int64_t i) const {
+        const Ints token = load<Ints>(tokens + i);
+        const Ints held = (token >= 0) & (token < static_cast<int32_t>(closed));
+        return select(held, gather(upper + g * stride, held ? token : Ints{}), splat(kInfinity));
     }
     float slack(int64_t g, int64_t i) const { return score_error(group.padded) * group.norm[g] * norms[i] + kAbsolute; }
 };
@@ -163,16 +163,16 @@ inline void scan_unit(Unit& unit) {
                 add_token(unit, base + token + __builtin_ctz(todo));
         }
         for (int64_t g = 0; g < unit.group.size; ++g) {
-            f32x16* lanes = unit.lanes + 3 * g;
-            f32x16 best_lower = lanes[0], top = lanes[1], widest = lanes[2];
+            Floats* lanes = unit.lanes + 3 * g;
+            Floats best_lower = lanes[0], top = lanes[1], widest = lanes[2];
             float* uppers = unit.upper + g * unit.stride + base;
             float* estimates = unit.estimate + g * unit.stride + base;
-            head_bounds(unit.scan, g, [&](int64_t token, f32x16 estimate, f32x16 width) LOUVER_ALWAYS_INLINE {
-                f32x16 upper = estimate + width, finite = upper, lower = splat(-kInfinity), extent = splat(0);
+            head_bounds(unit.scan, g, [&](int64_t token, Floats estimate, Floats width) LOUVER_ALWAYS_INLINE {
+                Floats upper = estimate + width, finite = upper, lower = splat(-kInfinity), extent = splat(0);
                 if (floors) lower = estimate - width;
                 if (kSpillEstimates) extent = abs(estimate) + width;
                 if (any) {
-                    const i32x16 decided = lanes_of(unit.scan.unbounded[token / kLanes]);
+                    const Ints decided = lanes_of(unit.scan.unbounded[token / kLanes]);
                     upper = select(decided, splat(kInfinity), upper),
                     finite = select(decided, splat(-kInfinity), finite);
                     lower = select(decided, splat(-kInfinity), lower), extent = select(decided, splat(0), extent);
@@ -185,7 +185,7 @@ inline void scan_unit(Unit& unit) {
         }
     }
     for (int64_t g = 0; g < unit.group.size; ++g) {
-        const f32x16* lanes = unit.lanes + 3 * g;
+        const Floats* lanes = unit.lanes + 3 * g;
         unit.extreme(g) = {largest(lanes[0]), largest(lanes[1]), largest(lanes[2]), -kInfinity};
     }
     for (int64_t i = unit.closed; i < unit.length && unit.last(); ++i) add_token(unit, i);

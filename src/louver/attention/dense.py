@@ -86,10 +86,10 @@ def attend_everything(
 
 
 class DenseResult(AttendResult):
-    """The result of dense attention, whose ``lse`` and ``arithmetic_bound`` are computed when they are asked for.
+    """The result of dense attention, of which everything but ``out`` is made when it is asked for.
 
-    Each reads the whole cache once more, which would more than double the time of a dense step, and with it flatter
-    everything that is measured against one. Ask before the tokens are truncated.
+    ``lse`` and ``arithmetic_bound`` read the whole cache once more, which would more than double the time of a dense step, and with
+    it flatter everything that is measured against one; the rest takes longer than a short step. Ask before the tokens are truncated.
     """
 
     def __init__(
@@ -104,18 +104,31 @@ class DenseResult(AttendResult):
         exact_mask: Tensor | None,
         lse: PerQueryHead | None = None,
     ) -> None:
-        zeros = torch.zeros(q.shape[:2], device=q.device)
-        self.__dict__.update(
-            out=out,
-            stats=dense_stats(keys, length),
-            certificate=zeros,
-            dropped_mass_bound=zeros,
-            tau=torch.full_like(zeros, -torch.inf),
-            exact_mask=exact_mask,
-            _asked=(q, keys, values, valid, length, softmax_scale),
-        )
+        asked = (q, keys, values, valid, length, softmax_scale)
+        self.__dict__.update(out=out, exact_mask=exact_mask, _asked=asked)
         if lse is not None:
             self.__dict__["lse"] = lse
+
+    @cached_property
+    def stats(self) -> StepStats:  # pyright: ignore[reportIncompatibleVariableOverride] - lazy, the same to read
+        """Every valid key and value was read."""
+        _, keys, _, _, length, _ = self.__dict__["_asked"]
+        return dense_stats(keys, length)
+
+    @cached_property
+    def certificate(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """0: nothing is approximated."""
+        return torch.zeros(self.out.shape[:2], device=self.out.device)
+
+    @cached_property
+    def dropped_mass_bound(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """0: nothing is dropped."""
+        return torch.zeros_like(self.certificate)
+
+    @cached_property
+    def tau(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """-inf: every key was treated exactly."""
+        return torch.full_like(self.certificate, -torch.inf)
 
     @cached_property
     def lse(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride] - lazy, the same to read
