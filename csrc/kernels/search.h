@@ -23,6 +23,18 @@ inline void order_list(const Unit& unit, int64_t first_collected, int32_t* order
     }
 }
 
+// Largest |computed - real| of one score, from the sum of its products' sizes: of a key with a size where the query has
+// none, |q| |k| says far too much, and keys far below the threshold would be found.
+inline float own_slack(const Unit& unit, int64_t g, int64_t token) {
+    const int64_t padded = unit.group.padded, dims = unit.keys.head_dim;
+    load_row(*unit.keys.view, unit.keys.at(token), dims, padded, unit.buffer);
+    Floats total = {};
+    for (int64_t d = 0; d < padded; d += kLanes)
+        total += abs(load<Floats>(unit.group.q + g * padded + d) * load<Floats>(unit.buffer + d));
+    const int64_t lanes = padded / kLanes + 5, terms = dims < lanes ? dims : lanes;
+    return kSafety * gamma(static_cast<float>(terms + 2)) * sum(total) + kAbsolute;
+}
+
 inline void search_unit(Unit& unit, const float* tau, const FoundKeys& found) {
     const int64_t first_head = unit.row * unit.problem->num_q_heads + unit.head * unit.group.size;
     const int32_t start = unit.problem->kv_start[unit.row];
@@ -46,6 +58,7 @@ inline void search_unit(Unit& unit, const float* tau, const FoundKeys& found) {
             if (token < unit.closed && upper[token] < least) continue;
             const float score = unit.scores[g * unit.stride + at];
             if (score + unit.slack(g, at) < least) continue;
+            if (score < least && score + own_slack(unit, g, token) < least) continue;
             found.tokens[place + n] = start + token, found.scores[place + n] = score;
             n += 1;
         }

@@ -92,30 +92,44 @@ LOUVER_INLINE float halve(Range range, Reaches reaches) {
 
 constexpr int64_t kSampleVectors = 96;
 
-// Some t with at least need values at or above it, and not many more; -infinity where there are fewer.
+// Some t with at least need values at or above it, and not many more; -infinity where there are fewer. A sample says
+// where to look, whole counts decide; where ties or huge ranges leave both without an end, halving the floats
+// themselves does not.
 inline float threshold_for(const float* x, int64_t n, int64_t need) {
     if (need > n) return -__builtin_inff();
-    const int32_t low = order_of(-__builtin_inff()), high = order_of(__builtin_inff());
+    const int64_t enough = need + need / 16 + 8;
+    int32_t least = order_of(-__builtin_inff()),
+            most = order_of(__builtin_inff());  // counts reach need at `least` only
+    auto count = [&](float t) LOUVER_ALWAYS_INLINE {
+        const int64_t found = count_at_least(x, n, t);
+        if (found >= need) {
+            if (order_of(t) > least) least = order_of(t);
+        } else if (order_of(t) - 1 < most) {
+            most = order_of(t) - 1;
+        }
+        return found;
+    };
     const int64_t step = n / (kSampleVectors * kLanes) > 1 ? n / (kSampleVectors * kLanes) : 1;
-    const auto exactly = [&](float t) { return count_at_least(x, n, t) >= need; };
-    if (step == 1) return bisect(low, high, exactly);
-    const Range range = finite_range(x, n, step);
-    int32_t least = low, most = high;  // counts at least need at `least`, fewer above `most`
+    Range range = finite_range(x, n, step);
     double target = 1.02 * static_cast<double>(need) / static_cast<double>(step);
-    for (int tries = 0; tries < 6; ++tries) {
+    for (int tries = 0; tries < 4 && step > 1 && target >= 4; ++tries) {
         const float t =
             halve(range, [&](float at) { return static_cast<double>(count_at_least(x, n, at, step)) >= target; });
-        const int64_t count = count_at_least(x, n, t);
-        if (count >= need) {
-            if (order_of(t) > least) least = order_of(t);
-            if (count <= need + need / 16 + 8) return t;
-            target *= 1.02 * static_cast<double>(need) / static_cast<double>(count);
-        } else {
-            if (order_of(t) - 1 < most) most = order_of(t) - 1;
-            target *= 1.03 * static_cast<double>(need) / static_cast<double>(count > 0 ? count : 1);
-        }
+        const int64_t found = count(t);
+        if (found >= need && found <= enough) return t;
+        target *=
+            (found >= need ? 1.02 : 1.03) * static_cast<double>(need) / static_cast<double>(found > 0 ? found : 1);
     }
-    return least > low ? float_at(least) : bisect(low, most, exactly);
+    if (step > 1) range = finite_range(x, n, 1);
+    if (float_at(least) > range.low) range.low = float_at(least);
+    if (float_at(most) < range.high) range.high = float_at(most);
+    for (int tries = 0; tries < 24 && range.low < range.high; ++tries) {
+        const float middle = range.low + 0.5f * (range.high - range.low);
+        const int64_t found = count(middle);
+        if (found >= need && found <= enough) return middle;
+        (found >= need ? range.low : range.high) = middle;
+    }
+    return bisect(least, most, [&](float t) { return count_at_least(x, n, t) >= need; });
 }
 
 // A threshold below which the values (not negative) sum to at most `allowed`, near the largest such; never 0 or less.

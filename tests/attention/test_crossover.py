@@ -38,10 +38,20 @@ def test_several_tokens_too(case):
     assert result.stats.num_keys[:4, 0].tolist() == [53, 54, 55, 56]
 
 
-@pytest.mark.parametrize(("tokens", "drops", "short"), [(683, False, True), (684, False, True), (10**5, True, False)])
-def test_where_it_lies(monkeypatch, tokens, drops, short):
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "drops", "short"),
+    [
+        (torch.float32, 1000, False, True),
+        (torch.float32, 10**4, False, False),
+        (torch.float32, 10**4, True, False),
+        (torch.bfloat16, 10**4, False, True),  # of a narrow key in 16 bits there is little to save
+        (torch.bfloat16, 10**4, True, False),
+        (torch.bfloat16, 10**5, False, False),
+    ],
+)
+def test_where_it_lies(monkeypatch, dtype, tokens, drops, short):
     monkeypatch.setattr(crossover, "enabled", True)
-    keys = torch.empty(1, 3, 1, 64).expand(1, 3, tokens, 64)
+    keys = torch.empty(1, 3, 1, 64, dtype=dtype).expand(1, 3, tokens, 64)
     rows = torch.zeros(1, dtype=torch.int32), torch.full((1,), tokens, dtype=torch.int32)
     assert is_short(keys, *rows, drops) is short
     monkeypatch.setattr(crossover, "enabled", False)

@@ -74,13 +74,13 @@ def attend_everything(
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
     length = store.kv_len - store.kv_start
     lse = None
-    with true_float32(q.device):
-        if kernel is None:
+    if kernel is not None:  # which multiplies in float32 whatever torch is told to do
+        out, lse = kernel(q, keys, values, store.kv_start, store.kv_len, softmax_scale)
+    else:
+        with true_float32(q.device):
             out = _attend(q, keys, values, valid, softmax_scale)
-        else:
-            out, lse = kernel(q, keys, values, store.kv_start, store.kv_len, softmax_scale)
-    if kernel is None and (padded or not kv_len):
-        out = torch.where((length > 0)[:, None, None], out, 0.0)  # of a row without tokens torch makes what it likes
+        if padded or not kv_len:
+            out = torch.where((length > 0)[:, None, None], out, 0.0)  # of a row without tokens torch makes what it likes
     mask = _exact_mask(q, keys, valid) if record else None
     return DenseResult(q, keys, values, valid, length, softmax_scale, out, mask, lse)
 
@@ -158,8 +158,8 @@ def dense_stats(keys: Keys, length: PerRow) -> StepStats:
 
 def plain_stats(num_keys: Tensor, num_scanned: Tensor, num_exact: Tensor, head_dim: int) -> StepStats:
     """Statistics of a step without a sketch, from int64 [batch, num_kv_heads] counts."""
-    columns = {"keys": num_keys, "scanned": num_scanned, "exact": num_exact}
-    table = torch.stack([columns.get(name, torch.zeros_like(num_keys)) for name in COUNTS], -1)
+    columns, nothing = {"keys": num_keys, "scanned": num_scanned, "exact": num_exact}, torch.zeros_like(num_keys)
+    table = torch.stack([columns.get(name, nothing) for name in COUNTS], -1)
     return StepStats(table=table, byte_weights=plain_byte_weights(head_dim), head_dim=head_dim, drops=True)
 
 

@@ -1,5 +1,6 @@
 """``louver bench``: what a decode step's attention costs here, beside every dense way of doing it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from louver.cli.console import Stages, console, reports_errors
 from louver.cli.lists import split_list
 from louver.errors import InputFileError
-from louver.experiments import bench_gpu
+from louver.experiments import bench_gpu, bench_prompt
 from louver.experiments.bench import Config, run
 from louver.experiments.bench_charts import charts
 from louver.experiments.charts import can_draw, chart_png
@@ -31,6 +32,10 @@ def bench(
         Path | None,
         typer.Option(help="Measure on the layers of this capture (louver capture), at its length and shape."),
     ] = None,
+    prompt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: what encoding adds to a prompt of this many tokens of the demo's model."),
+    ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw time against length, and against keys selected, into this folder.")
     ] = None,
@@ -49,6 +54,9 @@ def bench(
         arguments = ["--kv-lens", kv_lens, "--policies", policy, "--dtype", dtype, "--repetitions", str(repetitions)]
         arguments += ["--num-q-heads", q_heads, "--num-kv-heads", kv_heads, "--head-dim", head_dim, "--seed", str(seed)]
         bench_gpu.main(arguments + ([] if json is None else ["--json", str(json)]))
+        return
+    if prompt is not None:
+        _prompt(prompt, split_list("--policy", policy, str), backend, json)
         return
     config = Config(
         kv_lens=split_list("--kv-lens", kv_lens, int),
@@ -72,6 +80,18 @@ def bench(
         path = plot / f"bench_{name}.png"
         write_bytes(path, chart_png(chart, rows))
         console.print(f"wrote {path}")
+
+
+def _prompt(num_tokens: int, policies: tuple[str, ...], backend: str, json: Path | None) -> None:
+    with Stages() as stages:
+        rows = list(bench_prompt.run(num_tokens, policies, backend, partial(stages, "Reading the prompt")))
+    if json is not None:
+        write_rows(json, rows, seed=None)
+    for row in rows:
+        console.print(
+            f"{row['policy']}: {row['kv_len']:,} tokens, {row['num_layers']} layers: prefill {row['prefill_ms'] / 1e3:.1f} s, "
+            f"encoding {row['encode_ms'] / 1e3:.2f} s, {row['encode_share']:.1%} of it"
+        )
 
 
 def report(rows: list[Row]) -> Table:

@@ -21,6 +21,7 @@ from louver.errors import InputFileError
 from louver.experiments.bench_data import Copy, captured, synthetic
 from louver.experiments.rows import Row
 from louver.kernels import get_ops, resolve_backend
+from louver.kernels.cpu import native
 from louver.policies.spec import parse
 from louver.protocols import AttendResult
 from louver.shapes import group_heads
@@ -136,6 +137,7 @@ def _rows(
             "batch": 1,
             "data": data,
             "num_threads": torch.get_num_threads(),
+            "instruction_set": native.instruction_set() if backend == "cpu" else None,
             "index": "sketch" if sparse else "none",
             "backend": backend if sparse or name == "dense" else "torch",
             "policy": parse(name).spec if sparse else name,

@@ -1,19 +1,29 @@
 """Where the dense kernel is the faster step: a sketch costs a few microseconds per head that a short cache cannot win back."""
 
+import math
+
 from louver.kernels import crossover
 from louver.shapes import Keys, PerRow
 
-# Bytes of keys and values per row up to which dense is faster (one thread of an AVX-512 server, docs/kernels.md).
-BYTES = {"drop": 3 << 19, "keep": 2 << 20}
+# Tokens up to which dense is faster: FIXED / (bytes of one key - SKETCHED), as measured (docs/kernels.md). A step through the sketch has
+# fixed work to pay, and saves of each key what it is wider than its own share of the sketch's arithmetic.
+FIXED = {"drop": 170_000, "keep": 150_000}
+SKETCHED = {"drop": 85, "keep": 118}
+
+
+def most_tokens(head_dim: int, element_size: int, drops: bool) -> float:
+    """Tokens of a row up to which the dense kernel is no slower; infinite for keys too narrow to save anything."""
+    kind = "drop" if drops else "keep"
+    saved = head_dim * element_size - SKETCHED[kind]
+    return FIXED[kind] / saved if saved > 0 else math.inf
 
 
 def is_short(keys: Keys, kv_start: PerRow, kv_len: PerRow, drops: bool) -> bool:
     """Whether a step over rows kv_start .. kv_len of keys (and as many values) is faster densely, rows taken together."""
     if not crossover.enabled:
         return False
-    batch, num_kv_heads, tokens, head_dim = keys.shape
-    per_token = 2 * num_kv_heads * head_dim * keys.element_size()
-    most = BYTES["drop" if drops else "keep"] * batch // per_token
-    if tokens * batch <= most:  # without asking how long each row is
+    batch, _, tokens, head_dim = keys.shape
+    most = most_tokens(head_dim, keys.element_size(), drops)
+    if tokens <= most:  # without asking how long each row is
         return True
-    return batch > 1 and int((kv_len - kv_start).sum()) <= most
+    return batch > 1 and int((kv_len - kv_start).sum()) <= most * batch

@@ -70,6 +70,11 @@ def sketch_view(sketch: Sketch) -> Any:
     return view
 
 
+def instruction_set() -> str:
+    """The one in use: the best this machine has, unless LOUVER_CPU_ISA names another."""
+    return isa or load().instruction_sets()[0]
+
+
 def num_threads() -> int:
     """As many as torch uses."""
     return torch.get_num_threads()
