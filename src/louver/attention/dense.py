@@ -80,7 +80,9 @@ def attend_everything(
         with true_float32(q.device):
             out = _attend(q, keys, values, valid, softmax_scale)
         if padded or not kv_len:
-            out = torch.where((length > 0)[:, None, None], out, 0.0)  # of a row without tokens torch makes what it likes
+            out = torch.where(
+                (length > 0)[:, None, None], out, 0.0
+            )  # of a row without tokens torch makes what it likes
     mask = _exact_mask(q, keys, valid) if record else None
     return DenseResult(q, keys, values, valid, length, softmax_scale, out, mask, lse)
 
