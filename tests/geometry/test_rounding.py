@@ -46,6 +46,14 @@ def test_score_slack_covers_any_order_of_summation(seed, dims, power):
         assert Fraction((computed - slack).item()) <= real <= Fraction((computed + slack).item())
 
 
+def test_score_slack_covers_products_that_underflow():
+    """Every product and every absolute product comes out as 0, and the sum is not 0."""
+    x, y = torch.full((256,), 2.0**-75), torch.full((256,), 1.5 * 2.0**-76)
+    assert x @ y == 0 and exact_dot(x, y) > 0
+    slack = score_slack(x.abs() @ y.abs(), 256)
+    assert Fraction((x @ y + slack).item()) >= exact_dot(x, y)
+
+
 def test_score_slack_is_infinite_where_the_sum_may_have_overflowed():
     assert torch.isinf(score_slack(torch.tensor([LARGEST_SUM, 3e38, torch.inf, torch.nan]), 64)).all()
     assert torch.isfinite(score_slack(torch.tensor([0.0, LARGEST_SUM / 2]), 64)).all()
@@ -61,6 +69,14 @@ def test_logit_slack_covers_the_computed_weight(seed, scale):
     slack = logit_slack((score * softmax_scale).abs() + shift.abs()).double()
     seen = weight > 1e-37
     assert ((weight.double() / real).log().abs() <= slack)[seen].all()
+
+
+def test_logit_slack_covers_the_exponential_itself():
+    """Logits near the peak, whose own rounding is next to nothing: what is left is the exponential's."""
+    logit = -torch.linspace(1e-5, 0.05, 5000)
+    off = (torch.exp(logit).double().log() - logit.double()).abs()
+    assert off.max() > 0.3 * 2.0**-24, "nothing was at stake"
+    assert (off <= logit_slack(logit.abs()).double()).all()
 
 
 @given(seed=seeds(), terms=st.integers(1, 3000))
