@@ -104,6 +104,11 @@ def test_round_up_float32_is_the_next_float32(x):
     assert below.double() < exact or x == 0
 
 
+def test_round_up_float32_rounds_up_what_lies_just_above_a_float32():
+    above = torch.tensor([1 + 2.0**-30, 1 + 2.0**-24, 3e38 * (1 + 2.0**-50), 2.0**-140 * 1.1], dtype=torch.float64)
+    assert (round_up_float32(above).double() >= above).all()
+
+
 def test_gamma_is_highams():
     assert gamma(10) == pytest.approx(10 * 2.0**-24 / (1 - 10 * 2.0**-24), rel=1e-15)
 
