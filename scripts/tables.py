@@ -41,6 +41,20 @@ _HIDDEN = (
 )
 
 
+_ANSWERS = (
+    ("method", "policy", ""),
+    ("bytes read", "bytes_fraction", ".3f"),
+    ("right", "accuracy", ".1%"),
+    ("from", "accuracy_low", ".1%"),
+    ("to", "accuracy_high", ".1%"),
+    ("against dense", "accuracy_gain", "+.1%"),
+    ("from", "accuracy_gain_low", "+.1%"),
+    ("to", "accuracy_gain_high", "+.1%"),
+    ("KL, nats", "kl_nats", ".1e"),
+    ("guarantee", "guarantee", ""),
+)
+
+
 def _cpu(file: str) -> Table:
     """What `louver bench --device cpu` stored: ratios only, since an absolute time says little about another processor."""
     columns = (
@@ -109,6 +123,56 @@ TABLES = {
         file="false_negatives.json",
         columns=_HIDDEN,
         where={"task": ("recall", "sum"), "hidden": ("irrelevant", "relevant and irrelevant", "random")},
+    ),
+    "quality": Table(file="quality.json", columns=_ANSWERS, where={"task": "all", "kv_len": None}),
+    "quality-8k": Table(
+        file="quality.json",
+        columns=(("task", "task", ""), *_ANSWERS[:5], ("an interval that tells", "is_verdict", "")),
+        where={
+            "kv_len": 8192,
+            "task": ("single-needle", "number-needle", "multi-key", "documents", "quote", "tracking"),
+            "policy": ("dense", "exact:0.01", "streaming:0.35", "h2o:0.35", "snapkv:0.35"),
+        },
+    ),
+    "quality-4k": Table(
+        file="quality.json",
+        columns=(("task", "task", ""), *_ANSWERS[:5], ("an interval that tells", "is_verdict", "")),
+        where={
+            "kv_len": 4096,
+            "task": ("single-needle", "number-needle", "multi-key", "documents", "quote"),
+            "policy": ("dense", "exact:0.01", "streaming:0.35", "h2o:0.35", "snapkv:0.35"),
+        },
+    ),
+    "agreement": Table(
+        file="agreement.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("prompts", "num_prompts", ""),
+            ("continued alike", "num_equal_prompts", ""),
+            ("steps", "num_steps", ""),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("same token", "top1_agreement", ".1%"),
+            ("KL, nats", "kl_nats", ".1e"),
+            ("largest", "kl_nats_max", ".1e"),
+            ("outputs checked", "num_checked", ","),
+            ("violated", "num_bound_violations", ""),
+            ("missed", "num_asked_violations", ""),
+        ),
+    ),
+    "perplexity-methods": Table(
+        file="perplexity.json",
+        columns=(
+            ("method", "policy", ""),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("perplexity", "perplexity", ".3f"),
+            ("change", "perplexity_change", "+.2%"),
+            ("from", "perplexity_change_low", "+.2%"),
+            ("to", "perplexity_change_high", "+.2%"),
+            ("KL, nats", "kl_nats", ".1e"),
+            ("p99", "kl_nats_p99", ".1e"),
+            ("same token", "top1_agreement", ".1%"),
+            ("guarantee", "guarantee", ""),
+        ),
     ),
     "policies": Table(
         file="policies.json",
@@ -340,6 +404,8 @@ def written(name: str) -> str:
 
 def cell(value: object, spec: str) -> str:
     """One cell; a figure that a row does not have is a dash."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "–" if value is None else format(value, spec).replace("|", "\\|")  # a bar would end the cell
 
 

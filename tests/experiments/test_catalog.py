@@ -38,6 +38,10 @@ def test_charts(kind):
     points = chart.points(ROWS)
     assert [(p["x"], p["series"], p["proven"]) for p in points] == [(1.0, "a", True), (10.0, "b", False)]
     assert chart_png(chart, ROWS).startswith(b"\x89PNG")
+    rows = [row | {"y_low": 0.1, "y_high": 0.9} for row in ROWS]
+    barred = dataclasses.replace(chart, interval=True)
+    assert [(p["low"], p["high"]) for p in barred.points(rows)] == [(0.1, 0.9)] * 2
+    assert chart_png(barred, rows).startswith(b"\x89PNG")
     dots = dataclasses.replace(chart, y=lambda row: f"line {row['kind']}", x_axis=Axis(label="x"), kind="points")
     assert len(dots.points(ROWS)) == 3 and dots.dots(dots.points(ROWS)) and not chart.dots(points)
     assert chart_png(dots, ROWS).startswith(b"\x89PNG") and chart_png(chart, []).startswith(b"\x89PNG")

@@ -50,6 +50,7 @@ class Chart:
     label: Pick | None = None  # written beside each point
     kind: Literal["points", "lines"] = "points"
     where: Callable[[Row], bool] = lambda row: True
+    interval: bool = False  # a bar from y_low to y_high, two fields of the rows
     mark_x: float | None = None  # a reference line at this x
     of: str = "rows"  # the entry of the file whose rows are drawn
 
@@ -65,7 +66,8 @@ class Chart:
             series = "" if self.series is None else pick(self.series, row)
             label = "" if self.label is None else pick(self.label, row)
             proven = row.get("guarantee", "exact") != "none"
-            found.append({"x": x, "y": y, "series": str(series), "label": str(label), "proven": proven, "row": place})
+            point = {"x": x, "y": y, "series": str(series), "label": str(label), "proven": proven, "row": place}
+            found.append(point | ({end: row[f"{self.y}_{end}"] for end in ("low", "high")} if self.interval else {}))
         return found
 
     def dots(self, points: Sequence[dict[str, Any]]) -> bool:

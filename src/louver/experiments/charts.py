@@ -35,6 +35,8 @@ def chart_png(chart: Chart, rows: Sequence[Row]) -> bytes:
                 axes.plot(*zip(*place, strict=True), color=color, lw=1.4)
             for (x, y), point in zip(place, mine, strict=True):
                 axes.plot(x, y, "o", color=color, mfc=color if point["proven"] else "white", ms=5.5)
+                if chart.interval:
+                    axes.vlines(x, point["low"], point["high"], color=color, lw=0.8, alpha=0.6)
                 if point["label"]:
                     axes.annotate(point["label"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
             axes.plot([], [], "o", color=color, label=name)

@@ -49,6 +49,7 @@ EXPERIMENT = Experiment(
             title="Right answers against the share of keys kept",
             x="kept_fraction",
             y="accuracy",
+            interval=True,
             series="task",
             kind="lines",
             x_axis=Axis(label="share of the keys kept", share=True, log=True),

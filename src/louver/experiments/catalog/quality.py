@@ -66,6 +66,7 @@ EXPERIMENT = Experiment(
             label="policy",
             kind="lines",
             where=lambda row: row["task"] == quality.ALL and row["kv_len"] is None,
+            interval=True,
             x_axis=BYTES_READ,
             y_axis=Axis(label="right answers", share=True, zero=True),
         ),

@@ -86,7 +86,7 @@ function draw(holder, chart) {
   const x = scale(xs, chart.x, left, width - 24);
   const y = chart.dots
     ? { ticks: lines, at: (name) => top + 18 + 24 * lines.indexOf(name) }
-    : scale(chart.points.map((p) => p.y), chart.y, height - bottom, top);
+    : scale(chart.points.flatMap((p) => (p.low === undefined ? [p.y] : [p.low, p.high])), chart.y, height - bottom, top);
   for (const tick of x.ticks) {
     make("line", { class: "rule", x1: x.at(tick), x2: x.at(tick), y1: top, y2: height - bottom }, "", svg);
     make("text", { x: x.at(tick), y: height - bottom + 17, "text-anchor": "middle" }, written(tick, chart.x), svg);
@@ -108,6 +108,7 @@ function draw(holder, chart) {
     }
     const small = chart.kind === "lines" && mine.length > 60;
     for (const p of mine) {
+      if (p.low !== undefined) make("line", { x1: x.at(p.x), x2: x.at(p.x), y1: y.at(p.low), y2: y.at(p.high), stroke: color, opacity: 0.6 }, "", svg);
       const dot = make("path", { class: "point", d: shape(number, x.at(p.x), y.at(p.y), small ? 2.2 : 4.6), stroke: color,
         tabindex: small ? -1 : 0, "stroke-width": 1.8, fill: p.proven ? color : "var(--panel)" }, "", svg);
       explain(dot, () => chart.notes.columns.map((c, i) => `${c}: ${chart.notes.cells[p.row][i]}`).join("\n"));
