@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; TABLES says which rows and columns it shows.
 A table named in benchmarks/expected.json puts rows beside the figures expected of them (scripts/expected.py).
-Usage: python scripts/tables.py [--check]   (--check changes nothing and fails where a table is out of date)
+Usage: python scripts/tables.py [--check]   (--check changes nothing and fails where a table is out of date, or where a stored
+row says that a promise was broken: scripts/evidence.py)
 """
 
 import json
@@ -195,6 +196,16 @@ TABLES = {
         file="policies_curve.json",
         columns=(
             ("policy", "policy", ""),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("mean error", "output_error", ".2%"),
+            ("p99", "output_error_p99", ".2%"),
+            ("bounds violated", "num_bound_violations", ""),
+        ),
+    ),
+    "fitting": Table(
+        file="fitting.json",
+        columns=(
+            ("choice", "policy", ""),
             ("bytes read", "bytes_fraction", ".3f"),
             ("mean error", "output_error", ".2%"),
             ("p99", "output_error_p99", ".2%"),
@@ -410,7 +421,8 @@ def cell(value: object, spec: str) -> str:
 
 
 def main() -> int:
-    """Write (or check) every table; the number of stale files is the exit code."""
+    """Write (or check) every table; the number of stale files and broken promises is the exit code."""
+    from evidence import violations
     from reproduce import PAGE, is_fresh
 
     stale = [] if is_fresh("--check" in sys.argv) else [f"claims of {PAGE.name}"]
@@ -423,7 +435,10 @@ def main() -> int:
                 path.write_text(fresh, encoding="utf-8")
     if stale:
         print(f"{'out of date' if '--check' in sys.argv else 'written'}: {', '.join(stale)}")
-    return len(stale) if "--check" in sys.argv else 0
+    broken = violations()
+    for line in broken:
+        print(f"a row breaks a promise: {line}")
+    return len(stale) + len(broken) if "--check" in sys.argv else 0
 
 
 if __name__ == "__main__":

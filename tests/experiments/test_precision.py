@@ -7,7 +7,8 @@ from experiments.captures import tiny_capture
 from louver import FlatIndex, attend
 from louver.errors import PolicyError
 from louver.experiments.baselines import Fp8, Kivi4, OracleDrop
-from louver.experiments.precision import Config, attention, measure_layer, read, run, sketch_of
+from louver.experiments.precision import Config, measure_layer, read, run
+from louver.experiments.truth import attention, sketch_of
 
 ALL = ("exact:0.01+unread:0", "exact:1", "budget:0.1", "dense", "drop:0.1", "drop:1", "fp8", "kivi4")
 

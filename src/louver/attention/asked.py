@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from louver.policies.mass import Mass
+from louver.policies.output_error import OutputError
 from louver.policies.union import Union
-from louver.protocols import Cuts, Policy
+from louver.protocols import AttendResult, Cuts, Policy
 
 
 def asked_mass(policy: Policy) -> float | None:
@@ -26,3 +27,12 @@ def everything_where(failed: Tensor, cuts: Cuts) -> Cuts:
         return torch.where(failed, -torch.inf, cut)
 
     return replace(cuts, unread=lowered(cuts.unread), fine=lowered(cuts.fine), exact=lowered(cuts.exact))
+
+
+def num_asked_violations(policy: Policy, result: AttendResult) -> int:
+    """Query heads whose certificate exceeds what the policy asks for: of a mass, or of an output error."""
+    asked = asked_mass(policy)
+    count = 0 if asked is None else int((~(result.dropped_mass_bound <= asked)).sum())
+    if isinstance(policy, OutputError):
+        count += int((~(result.certificate <= policy.error * result.out.float().norm(dim=-1))).sum())
+    return count

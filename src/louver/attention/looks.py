@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from louver.attention.asked import asked_mass, everything_where
+from louver.attention.dearer import dense_where_dearer
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
@@ -31,7 +32,10 @@ def attend_in_looks(
     keep_best: bool,
     record: bool,
 ) -> TierOutput:
-    """One decode step. A dropped mass that was asked for is met in any case: a head that could not is attended exactly."""
+    """One decode step. A dropped mass that was asked for is met in any case: a head that could not is attended exactly.
+
+    So is a KV head whose mass would cost at least what dense attention reads (attention/dearer.py).
+    """
     store, ops = index.store, get_ops(index.backend)
     place = (store.kv_start, store.kv_len, scale)
     bounds = index.bounds(q, scale, policy.sinks, policy.recent)
@@ -49,8 +53,10 @@ def attend_in_looks(
         cuts = replace(cuts, unread=scored)
     if keep_best:
         cuts = keep_the_best(cuts, summary)
-    step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
     asked = asked_mass(policy)
+    if asked is not None:
+        cuts = dense_where_dearer(cuts, bounds, sketch, policy.drops)
+    step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
     if asked is not None and bool((failed := ~(step.dropped_mass_bound <= asked)).any()):
         cuts = everything_where(failed, cuts)
         step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)

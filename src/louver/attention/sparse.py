@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from louver.attention.dense import attend_everything
+from louver.attention.heads import attend_by_heads, head_rules
 from louver.attention.looks import attend_in_looks
 from louver.attention.retrieval import attend_retrieval
 from louver.attention.within import attend_within
@@ -102,7 +103,9 @@ def _joined(results: list[AttendResult], join: Callable[[list[Tensor]], Tensor])
     if masks[0] is not None:
         width = max(mask.shape[2] for mask in masks)
         parts["exact_mask"] = [torch.nn.functional.pad(mask, (0, width - mask.shape[2])) for mask in masks]
-    stats = replace(first.stats, table=join([r.stats.table for r in results]))
+    more = [r.stats.index_bytes for r in results if r.stats.index_bytes is not None]
+    table, index_bytes = join([r.stats.table for r in results]), join(more) if more else None
+    stats = replace(first.stats, table=table, index_bytes=index_bytes)
     return AttendResult(stats=stats, **{name: join(x) for name, x in parts.items()})
 
 
@@ -128,12 +131,19 @@ def _attend_sketch(
         )
     ops, store, rule = get_ops(index.backend), index.store, policy.rule()
     place = (store.kv_start, store.kv_len, scale)
-    if rule is not None and index.backend == "cpu" and is_short(store.keys, *place[:2], policy.drops):
+    rules = head_rules(policy, sketch, store.keys.shape[1], index.backend)
+    fused = rule is not None or rules is not None
+    if fused and index.backend == "cpu" and is_short(store.keys, *place[:2], policy.drops):
         return attend_everything(q, store, values, scale, record, ops.attend_dense)
     if rule is not None:
         step = ops.step(q, store.keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)
+    elif rules is not None:
+        how = (policy.sinks, policy.recent, keep_best, record)
+        step = attend_by_heads(q, store.keys, values, sketch, rules, index.backend, *place, *how)
     elif isinstance(policy, OutputError):
-        step = attend_within(q, index, sketch, values, policy, scale, record)
+        step, more = attend_within(q, index, sketch, values, policy, scale, record)
+        result = result_of(step, sketch, policy)
+        return replace(result, stats=replace(result.stats, index_bytes=more))
     else:
         step = attend_in_looks(q, index, sketch, values, policy, scale, keep_best, record)
     return result_of(step, sketch, policy)

@@ -5,7 +5,9 @@
     3. once more, aiming lower by what was missed
     4. whoever still misses is exact everywhere, so its certificate is 0
 
-Cuts only sink from pass to pass, so the last pass reads all that any pass read. What is asked is
+A KV head that would read at least what dense attention reads is exact everywhere, in any pass (attention/dearer.py). Cuts only sink from
+pass to pass, so the last pass reads all exact keys and values that any pass read; value codes that an earlier pass read of keys that
+became exact are counted on top. What is asked is
 certificate + arithmetic_bound <= EPS |out|; where arithmetic alone is more, or the output tiny, the certificate is 0 instead.
 """
 
@@ -13,17 +15,20 @@ import warnings
 from dataclasses import replace
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from louver.attention.asked import everything_where
+from louver.attention.dearer import blocks_of, dense_where_dearer, shared_by_group
 from louver.errors import LouverWarning
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.terms import error_terms
 from louver.policies.output_error import OutputError
-from louver.protocols import Cuts
+from louver.protocols import COUNTS, Cuts
 from louver.shapes import PerQueryHead, Query, Values
+from louver.sketch.accounting import value_frame_bytes
 from louver.sketch.layout import Sketch
 
 PASSES = 6  # that lower cuts by terms
@@ -35,13 +40,17 @@ AIM = 0.97  # of what is allowed: the output moves a little when precision is ad
 
 def attend_within(
     q: Query, index: SketchIndex, sketch: Sketch, values: Values, policy: OutputError, scale: float, record: bool
-) -> TierOutput:
-    """One decode step whose certificate is at most error |out| for every head, or 0."""
+) -> tuple[TierOutput, Int[Tensor, "batch num_kv_heads"]]:
+    """One decode step whose certificate is at most error |out| for every head, or 0; and the bytes that its counts don't cover."""
     store, ops = index.store, get_ops(index.backend)
     bounds = index.bounds(q, scale, policy.sinks, policy.recent)
+    coded = torch.zeros_like(bounds.undecided)  # keys whose value code some pass has read
 
     def attend(cuts: Cuts) -> TierOutput:
+        nonlocal coded
         place = (store.kv_start, store.kv_len, scale)
+        cuts = dense_where_dearer(cuts, bounds, sketch, False)
+        coded = coded | (shared_by_group(bounds, cuts.unread) & ~shared_by_group(bounds, cuts.exact))
         return ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, False, record)
 
     cuts = policy.cuts(bounds.summary)
@@ -71,7 +80,10 @@ def attend_within(
             LouverWarning,
             stacklevel=4,
         )
-    return step
+    frame_len, counted = sketch.config.frame_len, dict(zip(COUNTS, step.counts.unbind(-1), strict=True))
+    again = (coded.sum(-1) - counted["coarse"]) * (sketch.dims // 2)
+    frames = (blocks_of(coded, frame_len) - counted["value_blocks"]) * value_frame_bytes(sketch.dims)
+    return step, again + frames
 
 
 def allowed_error(step: TierOutput, policy: OutputError) -> PerQueryHead:

@@ -1,4 +1,4 @@
-"""``louver tune``: which policy for which layer of my model?"""
+"""``louver tune``: which policy for which head of my model?"""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from rich.table import Table
 from louver.cli.console import Stages, console, reports_errors
 from louver.cli.lists import split_list
 from louver.experiments.rows import write_rows
-from louver.experiments.tuning import LADDER, MEASURES, Config, Tuning, run
+from louver.experiments.tuning import LADDER, MEASURES, SCOPES, Config, Tuning, run
 
 
 @reports_errors
@@ -22,13 +22,15 @@ def tune(
     measure: Annotated[
         str, typer.Option(help="kl: nats from dense attention; top1: share of other tokens.")
     ] = MEASURES[0],
-    ladder: Annotated[str, typer.Option(help="Policies to choose from, the cheapest first.")] = ",".join(LADDER),
+    ladder: Annotated[str, typer.Option(help="Policies to choose from. Default: a grid of exact:F+unread:M.")] = "",
+    scope: Annotated[str, typer.Option(help="Who chooses: head, or layer (any policy; fused on a GPU).")] = SCOPES[0],
+    project: Annotated[bool, typer.Option(help="Weigh errors by what they move the layer's output by.")] = True,
     tokens: Annotated[int, typer.Option(help="Cut the text here: tune at the length you serve.")] = 4096,
     held_out: Annotated[int, typer.Option(help="Tokens at the text's end to judge by.")] = 128,
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
     json: Annotated[Path, typer.Option(help="Write the policies to this file.")] = Path("louver-tuning.json"),
 ) -> None:
-    """Find the policy per layer that meets a target on the model's own predictions, at the least bytes.
+    """Find the policy per head that meets a target on the model's own predictions, at the least bytes.
 
     Use the result with attach(model, tuning="louver-tuning.json") or LouverCache.from_tuning.
     """
@@ -37,7 +39,9 @@ def tune(
         prompt_file=prompt_file,
         target_error=target_error,
         measure=measure,
-        ladder=split_list("--ladder", ladder, str),
+        ladder=split_list("--ladder", ladder, str) if ladder else LADDER,
+        scope=scope,
+        project=project,
         max_tokens=tokens,
         held_out=held_out,
         backend=backend,
@@ -53,14 +57,13 @@ def tune(
 
 
 def table(found: Tuning) -> Table:
-    """All layers alike, rung by rung, and what was chosen."""
-    shown = Table(title="Policies for all layers, and for each", title_justify="left", box=None)
+    """Every choice that was judged; the last was taken."""
+    shown = Table(title="Policies for all layers alike, and for each", title_justify="left", box=None)
     for name in ("", "policy"):
         shown.add_column(name)
     for name in ("bytes / dense", "KL, nats", "same token"):
         shown.add_column(name, justify="right")
     for row in found.rows:
-        if row["stage"] in ("all layers alike", "chosen"):
-            figures = (f"{row['bytes_fraction']:.3f}", f"{row['kl_nats']:.1e}", f"{row['top1_agreement']:.1%}")
-            shown.add_row(row["stage"], row["policy"], *figures)
+        figures = (f"{row['bytes_fraction']:.3f}", f"{row['kl_nats']:.1e}", f"{row['top1_agreement']:.1%}")
+        shown.add_row(row["stage"], row["policy"] or f"{row['num_policies']} policies", *figures)
     return shown

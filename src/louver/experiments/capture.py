@@ -139,8 +139,11 @@ def run(
     on_progress: Progress = lambda stage, done, total: None,
     loaded: tuple[Any, Any] | None = None,
     say: Callable[[str], None] | None = None,
+    ids: Int[Tensor, "1 kv_len"] | None = None,
 ) -> Capture:
     """Run the text through the model once. ``loaded`` is a (model, tokenizer) that is already there; say as in demo_model.
+
+    ids: the tokens to capture in place of the config's text.
 
     Raises:
         InputFileError: the model, the text or a layer is not there, or the text is too short.
@@ -150,7 +153,7 @@ def run(
 
     model, tokenizer = loaded or (demo_model(say) if config.model is None else load_model(config.model))
     check_model(model)
-    ids = text_tokens(tokenizer, config)
+    ids = text_tokens(tokenizer, config) if ids is None else ids
     chosen = _choose(config, full_attention_layers(model))
     with _recording(model, chosen, config.num_queries, on_progress) as recorder, torch.no_grad():
         # The decoder without its head: nobody needs the logits of a long text.

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from louver.attention import attend
-from louver.attention.asked import asked_mass
 from louver.experiments.baselines import Fp8, Kivi4, OracleDrop
 from louver.experiments.capture import Capture, Layer
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
-from louver.experiments.precision import Baseline, Figures, attention, guarantee, read, sketch_of
+from louver.experiments.precision import Baseline, Figures, guarantee, read
+from louver.experiments.truth import attention, sketch_of
 from louver.index.sketch import SketchIndex
 from louver.kernels import resolve_backend
-from louver.policies import OutputError, Sampled
+from louver.policies import Sampled
 from louver.protocols import AttendResult, Policy
 
 POLICIES = (
@@ -143,7 +143,6 @@ class Tally:
     dropped: list[Tensor] = field(default_factory=list)
     dropped_bound: list[Tensor] = field(default_factory=list)
     tiers: list[dict[str, float]] = field(default_factory=list)
-    asked_violations: list[int] = field(default_factory=list)
 
     def add(self, one: Policy | Baseline, step: Step, index: SketchIndex) -> None:
         """Attend one step and judge it."""
@@ -172,14 +171,13 @@ class Tally:
         result = attended(one)
         assert result.exact_mask is not None, "asked for"
         stats, mask, closed = result.stats, result.exact_mask[0], num_closed(index)
-        self.figures.append(Figures.of(result.out[0].double(), step.truth, stats.bytes_fraction, result))
+        self.figures.append(Figures.of(result.out[0].double(), step.truth, stats.bytes_fraction, result, one))
         self.selected.append(mask[:, :closed].double().mean(-1))
         self.need.append(step.need)
         self.tiers.append({name: stats.fraction(name) for name in ("exact", "coarse", "unread", "scanned")})
         if one.drops:
             self.dropped.append((step.masses * ~mask).sum(-1))
             self.dropped_bound.append(result.dropped_mass_bound[0].double())
-        self.asked_violations.append(num_asked_violations(one, result))
         if isinstance(one, Sampled):
             others = [attended(replace(one, seed=one.seed + s)).exact_mask for s in range(1, SEEDS)]
             shares = torch.stack(
@@ -204,22 +202,13 @@ class Tally:
         if self.dropped_bound:
             true, bound = torch.cat(self.dropped), torch.cat(self.dropped_bound)
             row["num_bound_violations"] += int((true > bound * (1 + 1e-9) + 1e-15).sum())
-        return row | {"num_asked_violations": sum(self.asked_violations) if self.asked_violations else None}
+        return row
 
 
 def num_closed(index: SketchIndex) -> int:
     """Keys of the closed blocks of an index over one row, at least 1."""
     assert index.sketch is not None, "built"
     return max(1, int(index.sketch.num_blocks[0]) * index.sketch.config.frame_len)
-
-
-def num_asked_violations(policy: Policy, result: AttendResult) -> int:
-    """Query heads whose certificate exceeds what the policy asks for: of a mass, or of an output error."""
-    asked = asked_mass(policy)
-    count = 0 if asked is None else int((~(result.dropped_mass_bound <= asked)).sum())
-    if isinstance(policy, OutputError):
-        count += int((~(result.certificate <= policy.error * result.out.float().norm(dim=-1))).sum())
-    return count
 
 
 def _spread(values: list[Tensor], name: str) -> dict[str, float | None]:

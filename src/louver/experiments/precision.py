@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from louver.attention import attend
+from louver.attention.asked import num_asked_violations
 from louver.errors import PolicyError
 from louver.experiments.baselines import Fp8, Kivi4, OracleDrop
 from louver.experiments.capture import Capture, Layer
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
-from louver.index.sketch import SketchIndex
+from louver.experiments.fitting import Fitted, curves
+from louver.experiments.truth import attention, sketch_of
 from louver.kernels import resolve_backend
 from louver.policies import parse
 from louver.protocols import AttendResult, Policy
@@ -33,18 +35,18 @@ class Config:
     """What to compare: a row per policy. Every field but backend changes results."""
 
     capture: Path = option(help="What `louver capture` wrote.")
-    policies: tuple[str, ...] = option(POLICIES, help="Policies, and drop:F, fp8, kivi4.")
+    policies: tuple[str, ...] = option(POLICIES, help="Policies, and drop:F, fp8, kivi4, fit:PRICE, fit-layers:PRICE.")
     backend: str = option("auto", help="Which kernels; auto is the fastest here.")  # speed only
 
     @property
-    def chosen(self) -> list[Policy | Baseline]:
+    def chosen(self) -> list[Policy | Baseline | Fitted]:
         """The policies and baselines of the rows.
 
         Raises:
             PolicyError: one can't be read.
         """
         default = self.policies == POLICIES  # of which this version may lack some
-        return [read(spec) for spec in self.policies if not default or _known(spec)]
+        return [_read(spec) for spec in self.policies if not default or _known(spec)]
 
 
 def read(spec: str) -> Policy | Baseline:
@@ -72,20 +74,42 @@ def run(config: Config, on_progress: Progress = no_progress) -> Outcome:
     capture = Capture.load(config.capture)
     backend = resolve_backend(config.backend)
     head = capture.shape_fields() | {"index": "sketch", "backend": backend, "device": "cpu"}
-    found: dict[str, list[tuple[int, Figures]]] = {one.spec: [] for one in chosen}
+    found: list[list[tuple[int, str, Figures]]] = [[] for _ in chosen]
     for done, (i, layer) in enumerate(capture.layers.items()):
-        for one, figures in measure_layer(capture, layer, chosen, backend):
-            found[one.spec].append((i, figures))
+        served = _served(capture, layer, chosen, backend)
+        for place, (one, figures) in enumerate(measure_layer(capture, layer, served, backend)):
+            found[place].append((i, one.spec, figures))
         on_progress("Precision, layer by layer", done + 1, len(capture.layers))
     rows, layer_rows = [], []
-    for one in chosen:
+    for one, parts in zip(chosen, found, strict=True):
         fields = head | {"policy": one.spec, "guarantee": guarantee(one)}
-        rows.append(fields | Figures.joined([f for _, f in found[one.spec]]).row())
-        layer_rows += [fields | {"layer": i} | f.row() for i, f in found[one.spec]]
+        rows.append(fields | Figures.joined([f for *_, f in parts]).row())
+        layer_rows += [fields | {"layer": i, "served": spec} | f.row() for i, spec, f in parts]
     return rows, {"rows_per_layer": layer_rows}
 
 
-def guarantee(one: Policy | Baseline) -> str:
+def _read(spec: str) -> Policy | Baseline | Fitted:
+    """What ``read`` reads, and policies that every layer or head chooses for itself."""
+    name, _, price = spec.partition(":")
+    if name not in ("fit", "fit-layers"):
+        return read(spec)
+    try:
+        return Fitted(price=float(price), by_head=name == "fit")
+    except ValueError:
+        raise PolicyError(f"{spec!r} can't be read; usage: {name}:PRICE, the error that all bytes are worth") from None
+
+
+def _served(
+    capture: Capture, layer: Layer, chosen: list[Policy | Baseline | Fitted], backend: str
+) -> list[Policy | Baseline]:
+    """What a layer is served with: the policies themselves, or what the layer's heads choose at a price."""
+    if not any(isinstance(one, Fitted) for one in chosen):
+        return [one for one in chosen if not isinstance(one, Fitted)]
+    known = curves(capture, layer, backend)
+    return [parse(known.at(one.price, one.by_head)) if isinstance(one, Fitted) else one for one in chosen]
+
+
+def guarantee(one: Policy | Baseline | Fitted) -> str:
     """What a row may claim."""
     return one.guarantee
 
@@ -93,21 +117,21 @@ def guarantee(one: Policy | Baseline) -> str:
 def measure_layer(
     capture: Capture, layer: Layer, chosen: list[Policy | Baseline], backend: str, stride: int = 16
 ) -> Iterator[tuple[Policy | Baseline, "Figures"]]:
-    """The figures of each policy over the measured queries of one layer."""
+    """The figures of each policy over the measured queries of one layer, in order."""
     index = sketch_of(capture, layer, backend)
     coded = {
         one.spec: one.coded(layer.keys.double(), layer.values.double())
         for one in chosen
         if isinstance(one, Fp8 | Kivi4)
     }
-    parts: dict[str, list[Figures]] = {one.spec: [] for one in chosen}
+    parts: list[list[Figures]] = [[] for _ in chosen]
     queries = layer.queries[:, capture.measured(stride)].float()
     for place, position in enumerate(capture.query_positions[capture.measured(stride)].tolist()):
         q, scale = queries[:, place], capture.softmax_scale
         keys, values = (x[:, : position + 1].double() for x in (layer.keys, layer.values))
         scores, truth = attention(q, keys, values, scale)
         here = index.prefix(position + 1)
-        for one in chosen:
+        for one, mine in zip(chosen, parts, strict=True):
             if isinstance(one, OracleDrop):
                 grouped = scores.unflatten(0, (keys.shape[0], -1))
                 out = one.output(grouped, values, scale).flatten(0, 1)
@@ -117,27 +141,14 @@ def measure_layer(
                 figures = Figures.of(attention(q, k, v, scale)[1], truth, one.bytes_fraction(keys.shape[2]))
             else:
                 result = attend(q[None], here, policy=one, softmax_scale=scale, keep_best=True)
-                figures = Figures.of(result.out[0].double(), truth, result.stats.bytes_fraction, result)
-            parts[one.spec].append(figures)
-    for one in chosen:
-        yield one, Figures.joined(parts[one.spec])
-
-
-def attention(q: Tensor, keys: Tensor, values: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """Scores [num_q_heads, n] and outputs [num_q_heads, head_dim] of q [num_q_heads, head_dim] in float64."""
-    scores = q.double().unflatten(0, (keys.shape[0], -1)) @ keys.mT
-    return scores.flatten(0, 1), ((scores * softmax_scale).softmax(-1) @ values).flatten(0, 1)
-
-
-def sketch_of(capture: Capture, layer: Layer, backend: str) -> SketchIndex:
-    """One index over all keys, its metric from the fitting queries."""
-    keys, values = layer.keys[None].float(), layer.values[None].float()
-    return SketchIndex.build(keys, values, layer.queries[None, :, capture.fitting()].float(), backend=backend)
+                figures = Figures.of(result.out[0].double(), truth, result.stats.bytes_fraction, result, one)
+            mine.append(figures)
+    yield from zip(chosen, map(Figures.joined, parts), strict=True)
 
 
 def _known(spec: str) -> bool:
     try:
-        read(spec)
+        _read(spec)
     except PolicyError:
         return False
     return True
@@ -149,13 +160,21 @@ class Figures:
 
     error: Tensor
     bound: Tensor  # NaN where there is no certificate
-    violations: int
+    violations: int  # where the truth exceeded its bound
+    missed: int  # where a certificate exceeded what was asked for
     bytes_fraction: list[float]
     exact_fraction: list[float]
     head_bytes_fraction: list[Tensor] = field(default_factory=list)  # [num_kv_heads] per query, of Louver's policies
 
     @classmethod
-    def of(cls, out: Tensor, truth: Tensor, bytes_fraction: float, result: AttendResult | None = None) -> "Figures":
+    def of(
+        cls,
+        out: Tensor,
+        truth: Tensor,
+        bytes_fraction: float,
+        result: AttendResult | None = None,
+        policy: Policy | None = None,
+    ) -> "Figures":
         norm = truth.norm(dim=-1)
         off = (out - truth).norm(dim=-1)
         head_bytes = []
@@ -166,10 +185,12 @@ class Figures:
             bound, violations = allowed / norm, int((off > allowed).sum())
             exact = [result.stats.fraction("exact")]
             head_bytes = [(result.stats.bytes_read / result.stats.bytes_dense)[0]]
+        missed = 0 if result is None or policy is None else num_asked_violations(policy, result)
         return cls(
             error=off / norm,
             bound=bound,
             violations=violations,
+            missed=missed,
             bytes_fraction=[bytes_fraction],
             exact_fraction=exact,
             head_bytes_fraction=head_bytes,
@@ -181,6 +202,7 @@ class Figures:
             error=torch.cat([p.error for p in parts]),
             bound=torch.cat([p.bound for p in parts]),
             violations=sum(p.violations for p in parts),
+            missed=sum(p.missed for p in parts),
             bytes_fraction=[x for p in parts for x in p.bytes_fraction],
             exact_fraction=[x for p in parts for x in p.exact_fraction],
             head_bytes_fraction=[x for p in parts for x in p.head_bytes_fraction],
@@ -196,4 +218,5 @@ class Figures:
             "output_error_bound": self.bound.mean().item() if certified else None,
             "output_error_bound_median": self.bound.median().item() if certified else None,
             "num_bound_violations": self.violations if certified else None,
+            "num_asked_violations": self.missed if certified else None,
         }

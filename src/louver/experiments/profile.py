@@ -18,8 +18,9 @@ from louver.experiments import capture as captures
 from louver.experiments.capture import Capture, Layer
 from louver.experiments.decoded_bytes import decoded_bytes
 from louver.experiments.demo_model import demo_model, load_model
-from louver.experiments.precision import Figures, measure_layer, sketch_of
+from louver.experiments.precision import Figures, measure_layer
 from louver.experiments.pruning import ask
+from louver.experiments.truth import sketch_of
 from louver.kernels import resolve_backend
 from louver.policies import parse
 

@@ -17,6 +17,11 @@ def frame_bytes(num_dims: int) -> int:
     return FRAME_BYTES * num_dims
 
 
+def value_frame_bytes(num_dims: int) -> int:
+    """Bytes of one block's value frame and of the two bounds beside it."""
+    return frame_bytes(num_dims) + 8
+
+
 def key_block_bytes(num_dims: int, num_slices: int, frame_len: int) -> int:
     """Bytes of one block's keys in the sketch: codes, radii, frame and radius units."""
     return frame_len * (num_dims // 2 + num_slices) + frame_bytes(num_dims) + 4 * num_slices
@@ -32,7 +37,7 @@ def byte_weights(head_dim: int, num_dims: int, num_slices: int, frame_len: int) 
         "scanned": row,
         "exact": row,
         "coarse": num_dims // 2,
-        "value_blocks": frame_bytes(num_dims) + 8,
+        "value_blocks": value_frame_bytes(num_dims),
     }
     return tuple(weights[name] for name in COUNTS)
 
