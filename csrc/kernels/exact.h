@@ -141,9 +141,10 @@ inline void score_tokens(const Rows& keys, const Group& group, const int32_t* to
                 if (kNorms) norms[j] = rest[4 * group.size + j - i];
             }
             for (int64_t j = i; kNorms && j < i + 4 && j < count; ++j) {
-                if (norms[j] < kInfinity) continue;
+                if (norms[j] < group.longest) continue;
                 load_row(*keys.view, keys.at(tokens[j]), keys.head_dim, keys.padded, buffer);
                 norms[j] = huge_norm_above(buffer, keys.padded);
+                if (!(norms[j] < group.longest)) norms[j] = kInfinity;  // of its score nothing is known
             }
         }
     });

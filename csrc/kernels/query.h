@@ -10,6 +10,7 @@ struct Group {
     const float* q = nullptr;            // [size, padded]
     const float* norm = nullptr;         // [size], at least |q|
     const uint16_t* bfloat16 = nullptr;  // [size, padded], the same queries; null where they are not exactly that
+    float longest = 0;                   // keys shorter than this have scores no partial sum of which overflows
 };
 
 inline int64_t padded_dims(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
@@ -63,7 +64,9 @@ inline Group read_group(const Problem& problem, int64_t row, int64_t head, float
         load_row(view, view.data + index * view.item_bytes, dims, padded, memory + g * padded);
         norms[g] = norm_above(memory + g * padded, padded);
     }
-    Group group{size, padded, memory, norms, nullptr};
+    float largest = 0;
+    for (int64_t g = 0; g < size; ++g) largest = norms[g] > largest ? norms[g] : largest;
+    Group group{size, padded, memory, norms, nullptr, 0x1p126f / largest};
     if (safe_as_bfloat16(problem, memory, size, padded)) {
         const char* from = problem.q + (row * problem.num_q_heads + head * size) * dims * 2;
         float* copy = norms + padded_dims(size);

@@ -6,9 +6,11 @@ import torch
 from helpers import build_case, true_attention, true_scores, within_certificate
 from louver import attend
 from louver.errors import BackendError
+from louver.index import SketchIndex
 from louver.kernels import available_backends, get_ops, resolve_backend
 from louver.kernels.cpu import native
 from louver.protocols import CutRule
+from louver.sketch import SketchConfig
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension was not built")
 
@@ -67,6 +69,26 @@ def test_half_precision_subnormals_are_read_where_float32_ones_are_flushed(isa):
     assert ((bounds.lower.double() <= real) & (real <= bounds.upper.double())).all()
     for result in results:
         assert within_certificate(case, result).all()
+
+
+def test_scores_whose_partial_sums_overflow_decide_nothing(isa):
+    """float32 may make them +inf or -inf whatever they are: such a key is found, and raises no threshold for the others."""
+    random = torch.Generator().manual_seed(0)
+    q, keys = torch.full((1, 1, 64), 1e34), 1e-3 * torch.randn(300, 1, 32, 64, generator=random)
+    for row in range(300):
+        place = torch.randperm(64, generator=random)
+        keys[row, 0, 20, place[:2]], keys[row, 0, 20, place[2:5]] = 3e4, -2.8e4
+    keys[150:, :, 20] *= -1  # a low score first, then a high one
+    q, values = q.expand(300, -1, -1).contiguous(), torch.ones_like(keys)
+    index = SketchIndex.build(keys, values, config=SketchConfig(frame_len=16), backend="cpu")
+    place = (index.store.kv_start, index.store.kv_len, 1e-34)
+    truth = (q.double() @ keys[:, 0].double().mT)[:, 0]
+    best = torch.nn.functional.one_hot(truth.argmax(-1), 32).bool()
+    step = get_ops("cpu").step(q, keys, values, index.sketch, CutRule(drop=True, count=1), *place, record=True)
+    assert (step.exact_mask[:, 0] | ~best).all(), "the largest score was lost"
+    tau = truth.amax(-1, keepdim=True).mul(0.9).float()
+    assert (index.search(q, tau).mask(32)[:, 0] | ~best).all(), "a key above tau was lost"
+    assert index.search(q, torch.full_like(tau, 1e37)).mask(32)[:, 0, 20].all()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
