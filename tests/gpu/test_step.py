@@ -57,12 +57,12 @@ def test_triton_scan_keeps_them_too(policy, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("policy", ["exact:0.01", "topk:20"])
-def test_step_is_captured_in_a_graph(policy):
+def test_step_is_captured_in_a_graph(policy, monkeypatch):
     """A replay sees new queries and a longer row; nothing in the step waits for the host."""
     from louver.kernels.triton import step
     from louver.policies.spec import parse
 
-    importlib.import_module("louver.kernels.triton.step").crossover.update(drop=0, keep=0)
+    monkeypatch.setattr("louver.kernels.crossover.enabled", False)
     case = Case(policy=policy, head_dim=128, group=4, kv_len=4100, frame_len=128, batch=1)
     q, keys, values, start, stop, index = checks.build(case, "cuda")
     rule = parse(policy).rule()

@@ -5,16 +5,18 @@ attention, and the certificate against that error.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from louver.experiments.synthetic import heavy_tailed
+from louver.experiments.capture import Capture
+from louver.experiments.synthetic import Synthetic, heavy_tailed
 from louver.index.sketch import SketchIndex
-from louver.kernels import get_ops
+from louver.kernels import crossover, get_ops
 from louver.kernels.ops import TierOutput
 from louver.policies.spec import parse
 from louver.protocols import StepStats
@@ -40,6 +42,9 @@ class Config:
     frame_len: int = 128
     seed: int = 0
     repetitions: int = 31
+    capture: Path | None = (
+        None  # its layers as rows of a batch, at its own length and shape, and never dispatched to dense
+    )
     baselines: tuple[str, ...] = ("sdpa_flash", "sdpa_cudnn", "dense", "dense_fp8", "eager_grouped", "eager_repeat")
 
 
@@ -58,18 +63,45 @@ SUITE: tuple[dict, ...] = (
 )
 
 
+def captured(config: Config) -> tuple[Config, Synthetic, str]:
+    """A capture's last query over its tokens, a layer a row; the shape it has, and the model it is of."""
+    assert config.capture is not None
+    capture = Capture.load(config.capture)
+    layers, end = list(capture.layers.values()), int(capture.query_positions[-1]) + 1
+    kind = {"dtype": DTYPES[config.dtype], "device": "cuda"}
+    keys, values = (
+        torch.stack([x[:, :end] for x in each]).to(**kind)
+        for each in ([y.keys for y in layers], [y.values for y in layers])
+    )
+    queries = torch.stack([layer.queries for layer in layers]).to(**kind)
+    shape = {"kv_len": end, "batch": len(layers), "num_q_heads": queries.shape[1], "num_kv_heads": keys.shape[1]}
+    data = Synthetic(
+        q=queries[:, :, -1].contiguous(), keys=keys, values=values, metric_queries=queries[:, :, capture.fitting()]
+    )
+    return replace(config, **shape, head_dim=keys.shape[3]), data, capture.model
+
+
 def run(config: Config) -> Iterator[dict]:
     """Yield result rows: one per baseline and policy."""
-    data = heavy_tailed(
-        config.kv_len,
-        num_q_heads=config.num_q_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        batch=config.batch,
-        dtype=DTYPES[config.dtype],
-        seed=config.seed,
-        device="cuda",
-    )
+    with crossover.switched(crossover.enabled and config.capture is None):
+        yield from _run(config)
+
+
+def _run(config: Config) -> Iterator[dict]:
+    if config.capture is not None:
+        config, data, source = captured(config)
+    else:
+        source = "heavy_tailed"
+        data = heavy_tailed(
+            config.kv_len,
+            num_q_heads=config.num_q_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            batch=config.batch,
+            dtype=DTYPES[config.dtype],
+            seed=config.seed,
+            device="cuda",
+        )
     q, keys, values, more = data.q, data.keys, data.values, data.metric_queries
     scale = config.head_dim**-0.5
     index = SketchIndex.build(keys, values, more, config=SketchConfig(frame_len=config.frame_len), backend="auto")
@@ -100,7 +132,7 @@ def run(config: Config) -> Iterator[dict]:
             "num_q_heads": config.num_q_heads,
             "num_kv_heads": config.num_kv_heads,
             "dtype": config.dtype,
-            "data": "heavy_tailed",
+            "data": source,
             "device": torch.cuda.get_device_name(),
             "policy": name if name in config.policies else "dense",
             "index": "sketch" if name in config.policies else "none",
@@ -267,11 +299,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=31)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", action="store_true", help="every shape the docs show, whatever shape is given")
+    parser.add_argument(
+        "--capture", type=Path, help="a capture whose layers are measured after the shapes, a layer a row"
+    )
     parser.add_argument("--json")
     args = parser.parse_args(arguments)
     rows: list[dict] = []
     asked = {n: getattr(args, n) for n in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "dtype")}
     shapes = SUITE if args.suite else [{"kv_len": int(n), **asked} for n in args.kv_lens.split(",")]
+    shapes = [*shapes, *([{"kv_len": 0, "capture": args.capture}] if args.capture else [])]
     for shape in shapes:
         config = Config(**shape, policies=tuple(args.policies.split(",")), repetitions=args.repetitions, seed=args.seed)
         print(", ".join(f"{k}={v}" for k, v in shape.items()), flush=True)
@@ -286,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
                     f" bytes {row['bytes_fraction']:.3f}"
                 )
             print(
-                f"{config.kv_len:>7} {name:12s} {row['latency_us']:8.1f} us [{row['latency_us_p20']:.1f}, {row['latency_us_p80']:.1f}]"
+                f"{row['kv_len']:>7} {name:12s} {row['latency_us']:8.1f} us [{row['latency_us_p20']:.1f}, {row['latency_us_p80']:.1f}]"
                 f" x{row['speedup_vs_best_dense']:.2f} {row['gb_per_s']:.0f} GB/s{more}",
                 flush=True,
             )

@@ -11,6 +11,7 @@ from louver.geometry.rounding import ABSOLUTE, SAFETY, UNIT, gamma
 
 # Assumed of a tensor core's float32 accumulation, which no vendor publishes; the gpu tests probe it.
 TENSOR_UNIT = 2.0**-22
+QUANTA = 32512  # 127 * 256: the largest integer whose high and low byte are both signed
 
 
 def rounded_query_slack(head_dim: int) -> tuple[float, float, float]:
@@ -19,3 +20,14 @@ def rounded_query_slack(head_dim: int) -> tuple[float, float, float]:
     scaled = 8 * (2.0**-11 + 2.0**-23) + 1.002 * (23 * wide + 8 * narrow + 96 * UNIT)
     fixed = head_dim * 2.0**-25 * (8 + 23 * wide + 8 * narrow + 1) + ABSOLUTE
     return SAFETY * scaled, SAFETY * (narrow + 4 * UNIT), SAFETY * fixed
+
+
+def quantized_query_slack(head_dim: int) -> tuple[float, float, float]:
+    """Factors (scaled, centered, fixed): |score - estimate| <= scaled max|q s| + centered |q center|_1 + fixed.
+
+    The query is rounded to whole numbers, p = round(q s / step) with step = max|q s| / QUANTA, and multiplied with codes exactly:
+    estimate = q . center + step sum((code - 8) p).
+    """
+    narrow = gamma(head_dim + 8)
+    scaled = 8 * head_dim * (0.5 / QUANTA + 16 * UNIT)
+    return SAFETY * scaled, SAFETY * (narrow + 4 * UNIT), SAFETY * (ABSOLUTE + head_dim * 2.0**-90)

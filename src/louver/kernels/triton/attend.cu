@@ -1,72 +1,93 @@
-// Exact attention over the list of a ranked retrieval, in float32; the twin of exact_kernel there, with the same sums. A thread takes an
-// entry: its scores (rank_kernel left them) against the final tau; what is kept is packed, so that only kept values are read, two
-// channels a thread. Where the list overflowed, every token of the row is scored here and attended. Sums that bound an error are taken
-// channel by channel: |sum a |v|| is at most sum a |v|, and needs no norm per key. Macros: D, G, L, BF16, PAGED.
+// Exact attention over the list of a ranked retrieval, in float32; the twin of exact_kernel there, with the same sums. Every CTA first
+// raises tau to the rank-th best score, less rounding (score.cu counted the scores): to do so again costs less than to wait for the CTA
+// that does it last. A thread takes an entry: its scores against tau; what is kept is packed, so that only kept values are read, LANES
+// lanes a value. Where the list overflowed, every token of the row is scored here and attended. Macros: D, G, L, and BF16, PAGED.
 #define THREADS 256
 #define WARPS (THREADS / 32)
-#define PAIRS (D / 2)
-#define SHARES (THREADS / PAIRS)        // keys whose values are read at once
-#define BATCH (D <= 128 ? (G < 4 ? G : 4) : (G < 2 ? G : 2))  // heads merged at once, by shared memory
-#define PER_LANE (D / 64)               // pairs of channels of a key a lane holds, where a warp scores it
+#define GROUPS (THREADS / LANES)        // values read at once
+#define BATCH 4                         // values a lane has asked for
+#define WIDE (G <= 1 ? 1 : G <= 2 ? 2 : G <= 4 ? 4 : 8)
+#define SHARERS (LANES / BATCH)         // lanes that hold the norm of the same value, and share its heads
+#define SHARED_HEADS ((G + SHARERS - 1) / SHARERS)
+#define PAIRS_PER_LANE (D / 64)         // pairs of channels of a key a lane holds, where a warp scores it
+#define SLOTS (G * D <= 512 ? WARPS : 2)  // outputs of warps merged at once, by shared memory
 
-__device__ __forceinline__ float2 unpack(u32 x) {  // two stored elements
-#if BF16
-    return make_float2(__int_as_float(x << 16), __int_as_float(x & 0xffff0000u));
-#else
-    return make_float2(low_half(x), high_half(x));
-#endif
-}
-
-struct Place {  // where a cache's tokens lie: strides in elements, pages through a table
-    const u16* data;
-    i64 page, head, token;
-    const int* table;
-    i64 table_stride;
-    int page_len;
-    __device__ __forceinline__ const u16* at(int row, int kv_head, int position) const {
-#if PAGED
-        i64 p = table[row * table_stride + position / page_len];
-        return data + p * page + kv_head * head + (i64)(position % page_len) * token;
-#else
-        return data + row * page + kv_head * head + (i64)position * token;
-#endif
-    }
-};
-
-extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
-    const float* __restrict__ q, const u16* __restrict__ k, const u16* __restrict__ v, const int* __restrict__ table, i64 k_page,
+extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 2 : 1) attend(
+    const float* q, const u16* __restrict__ k, const u16* __restrict__ v, const int* __restrict__ table, i64 k_page,
     i64 k_head, i64 k_token, i64 v_page, i64 v_head, i64 v_token, i64 table_stride, int page_len,
     const int* __restrict__ num_blocks, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
-    const float* __restrict__ low, const float* __restrict__ tau, const int* __restrict__ listed,
-    const float* __restrict__ scores, const float* __restrict__ slacks, int* __restrict__ counters, float* __restrict__ part_out,
-    float* __restrict__ part_sums, u8* __restrict__ mask, i64 mask_stride, int num_kv_heads, int room, int scored, float scale,
-    float slack_share, float weight_slack) {
+    const float* low, const int* cuts, const float* tau, float* raised, const int* rank_hist, const int* listed, const float* scores,
+    const float* slacks, int* counters, float* __restrict__ part_out, float* __restrict__ part_sums, u8* __restrict__ mask,
+    i64 mask_stride, int num_kv_heads, int room, float scale, float slack_share, float weight_slack, i64 share, i64 tolerance,
+    int count_wanted) {
     __shared__ int tokens[THREADS];                   // kept ones, packed
     __shared__ float weight[G][THREADS], extra[G][THREADS];
     __shared__ float tops[G][WARPS], peak[G];
-    __shared__ float2 merged[3 * BATCH][SHARES][PAIRS];
-    __shared__ float sums[4][G][WARPS], squares[3 * BATCH];
+    __shared__ __align__(16) float merged[SLOTS][G][D];
+    __shared__ float sums[6][G][WARPS];
     __shared__ int number, kept_closed;
+    __shared__ float taus[G];
     const int pid = blockIdx.x, row = pid / num_kv_heads, kv_head = pid % num_kv_heads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, l = lane % LANES, group = threadIdx.x / LANES;
     const int start = kv_start[row], length = kv_len[row] - start, closed = num_blocks[row] * L;
-    const int pair = threadIdx.x % PAIRS, share = threadIdx.x / PAIRS;
+    awaited();
+    let_next_start();
     const int num_listed = counters[pid * COUNTERS + LISTED];
-    const int total = num_listed + length - closed;
-    const bool dense = num_listed > room || total > scored;
-    const int count = dense ? length : total;
+    const bool dense = num_listed > room || length - closed > 2 * L;
+    const int count = dense ? length : num_listed + length - closed;
     const int each = (count + gridDim.y - 1) / gridDim.y, begin = blockIdx.y * each, end = min(begin + each, count);
     const Place keys = {k, k_page, k_head, k_token, table, table_stride, page_len};
     const Place values = {v, v_page, v_head, v_token, table, table_stride, page_len};
-    float2 out[G], reach[G], surplus_value[G];  // sums of a v, a |v|, extra |v| over this thread's keys, for its two channels
-    float weights[G], floors[G], surplus[G], rejected[G];
+    float acc[G][8];                                  // of this lane's eight channels
+    float weights[G], floors[G], surplus[G], rejected[G], reach[SHARED_HEADS], surplus_value[SHARED_HEADS];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         weights[g] = floors[g] = surplus[g] = rejected[g] = 0.0f;
-        out[g] = reach[g] = surplus_value[g] = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int c = 0; c < 8; ++c) acc[g][c] = 0.0f;
     }
+#pragma unroll
+    for (int h = 0; h < SHARED_HEADS; ++h) reach[h] = surplus_value[h] = 0.0f;
     if (threadIdx.x < G) peak[threadIdx.x] = -INFINITE;
     if (threadIdx.x == 0) kept_closed = 0;
+    int entry = DECIDED;
+    float scored[G], doubt[G];                        // of the entry of this thread; the next turn's are asked for early
+    auto ask = [&](int i) {
+        if (dense || i >= end) return;
+        entry = i < num_listed ? listed[(i64)pid * room + i] : (closed + i - num_listed) | DECIDED;
+        const i64 at = ((i64)pid * (room + 2 * L) + (i < num_listed ? i : room + i - num_listed)) * G;
+#pragma unroll
+        for (int g = 0; g < G; ++g) scored[g] = scores[at + g], doubt[g] = slacks[at + g];
+    };
+    ask(begin + threadIdx.x);
+    const i64 need64 = ((i64)length * share - tolerance + ((1ll << 40) - 1)) >> 40;
+    const int need = need64 > count_wanted ? (int)need64 : count_wanted;
+    for (int g = warp; g < G; g += WARPS) {
+        const int4* bins = (const int4*)(rank_hist + (pid * G + g) * RANK_BINS + lane * 32);
+        int4 per_bin[8];
+        int own = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) { per_bin[i] = bins[i]; own += per_bin[i].x + per_bin[i].y + per_bin[i].z + per_bin[i].w; }
+        int from = own;                 // in this lane's bins and above
+        for (int m = 1; m < 32; m *= 2) { const int y = __shfl_down_sync(FULL, from, m); if (lane + m < 32) from += y; }
+        const u32 enough = __ballot_sync(FULL, from >= need);
+        const int holder = enough ? 31 - __clz(enough) : 0;
+        int above = from - own, best = -1;
+#pragma unroll
+        for (int i = 31; i >= 0; --i) {
+            const int4 four = per_bin[i / 4];
+            above += i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+            if (best < 0 && above >= need) best = lane * 32 + i;
+        }
+        if (lane == holder) {
+            const int id = pid * G + g;
+            float nth = (low[id] + (cuts[id * 2] + best * RANK_CODES) * (1.0f / STEPS)) / scale;
+            nth -= fabsf(nth) * 0x1p-20f;
+            const float cut_tau = tau[id];
+            taus[g] = num_listed > room ? -INFINITE : enough ? fmaxf(nth, cut_tau) : cut_tau;
+            if (blockIdx.y == 0) raised[id] = taus[g];
+        }
+    }
     for (int first = begin; first < end; first += THREADS) {
         const int n = min(THREADS, end - first), i = first + threadIdx.x;
         if (threadIdx.x == 0) number = 0;
@@ -74,15 +95,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
         if (dense) {  // a warp scores a key; products of absolute values bound the rounding
             for (int j = warp; j < n; j += WARPS) {
                 const u32* key = (const u32*)keys.at(row, kv_head, start + first + j);
-                float2 y[PER_LANE];
+                float2 y[PAIRS_PER_LANE];
 #pragma unroll
-                for (int c = 0; c < PER_LANE; ++c) y[c] = unpack(key[lane + 32 * c]);
+                for (int c = 0; c < PAIRS_PER_LANE; ++c) y[c] = unpack(key[lane + 32 * c]);
 #pragma unroll
                 for (int g = 0; g < G; ++g) {
                     const float2* x = (const float2*)(q + ((i64)pid * G + g) * D);
                     float dot = 0.0f, size = 0.0f;
 #pragma unroll
-                    for (int c = 0; c < PER_LANE; ++c) {
+                    for (int c = 0; c < PAIRS_PER_LANE; ++c) {
                         const float2 z = x[lane + 32 * c];
                         dot += y[c].x * z.x + y[c].y * z.y;
                         size += fabsf(y[c].x * z.x) + fabsf(y[c].y * z.y);
@@ -97,18 +118,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
         int token = 0;
         bool any = false;
         if (threadIdx.x < n) {
-            int entry = DECIDED;
-            token = i;
-            if (!dense) {
-                entry = i < num_listed ? listed[(i64)pid * room + i] : (closed + i - num_listed) | DECIDED;
-                token = entry & (DECIDED - 1);
-            }
+            token = dense ? i : entry & (DECIDED - 1);
 #pragma unroll
             for (int g = 0; g < G; ++g) {
-                const i64 at = ((i64)pid * scored + i) * G + g;
-                const float s = dense ? weight[g][threadIdx.x] : scores[at];
-                const float slack = dense ? extra[g][threadIdx.x] : slacks[at];
-                const bool keep = (entry & DECIDED) || !(s + slack < tau[pid * G + g]);
+                const float s = dense ? weight[g][threadIdx.x] : scored[g];
+                const float slack = dense ? extra[g][threadIdx.x] : doubt[g];
+                const bool keep = (entry & DECIDED) || !(s + slack < taus[g]);
                 if (!keep)
                     rejected[g] += exp2_fast(((s + slack) * scale - low[pid * G + g] + fabsf(s * scale) * 0x1p-20f) * LOG2E) * 1.001f;
                 if (mask && keep) mask[(pid * G + g) * mask_stride + start + token] = 1;
@@ -116,7 +131,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
                 logit[g] = keep ? s * scale : -INFINITE;
                 off[g] = slack * scale;
             }
-            if (any && token < closed) atomicAdd(&kept_closed, 1);
         }
 #pragma unroll
         for (int g = 0; g < G; ++g) {
@@ -124,8 +138,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
             for (int m = 16; m; m /= 2) top = fmaxf(top, __shfl_xor_sync(FULL, top, m));
             if (lane == 0) tops[g][warp] = top;
         }
+        ask(first + THREADS + threadIdx.x);
+        const u32 keeping = __ballot_sync(FULL, any), closing = __ballot_sync(FULL, any && token < closed);
         int place = 0;
-        if (any) place = atomicAdd(&number, 1);
+        if (keeping) {
+            if (lane == 0) {
+                place = atomicAdd(&number, __popc(keeping));
+                if (closing) atomicAdd(&kept_closed, __popc(closing));
+            }
+            place = __shfl_sync(FULL, place, 0) + __popc(keeping & ((1u << lane) - 1));
+        }
         __syncthreads();  // dense: everyone has read weight and extra, too
         if (any) tokens[place] = token;
 #pragma unroll
@@ -135,8 +157,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
             for (int w = 0; w < WARPS; ++w) higher = fmaxf(higher, tops[g][w]);
             const float shift = higher == -INFINITE ? 0.0f : higher, fade = exp2f((peak[g] - shift) * LOG2E);
             weights[g] *= fade, floors[g] *= fade, surplus[g] *= fade;
-            out[g].x *= fade, out[g].y *= fade, reach[g].x *= fade, reach[g].y *= fade;
-            surplus_value[g].x *= fade, surplus_value[g].y *= fade;
+#pragma unroll
+            for (int c = 0; c < 8; ++c) acc[g][c] *= fade;
+            if (l % SHARERS == g % SHARERS) reach[g / SHARERS] *= fade, surplus_value[g / SHARERS] *= fade;
             if (any) {
                 const bool kept = !(logit[g] == -INFINITE);
                 const float a = kept ? exp2f((logit[g] - shift) * LOG2E) : 0.0f;
@@ -155,64 +178,93 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 3 : 1) attend(
             for (int w = 0; w < WARPS; ++w) peak[threadIdx.x] = fmaxf(peak[threadIdx.x], tops[threadIdx.x][w]);
         }
         const int kept = number;
-#pragma unroll 8
-        for (int j = share; j < kept; j += SHARES) {
-            const float2 y = unpack(((const u32*)values.at(row, kv_head, start + tokens[j]))[pair]);
+        for (int from = 0; from < kept; from += BATCH * GROUPS) {  // all lanes stay, for the norms
+            uint4 piece[BATCH];
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                const float a = weight[g][j], more = extra[g][j];
-                out[g].x += a * y.x, out[g].y += a * y.y;
-                reach[g].x += a * fabsf(y.x), reach[g].y += a * fabsf(y.y);
-                surplus_value[g].x += more * fabsf(y.x), surplus_value[g].y += more * fabsf(y.y);
+            for (int u = 0; u < BATCH; ++u)
+                piece[u] = values.piece(row, kv_head, start + tokens[min(from + u * GROUPS + group, kept - 1)], l);
+            float squares[BATCH];
+#pragma unroll
+            for (int u = 0; u < BATCH; ++u) {
+                const int j = from + u * GROUPS + group;
+                float y[8];
+                unpack8(piece[u], y);
+                squares[u] = 0.0f;
+#pragma unroll
+                for (int c = 0; c < 8; ++c) squares[u] += y[c] * y[c];
+                if (j < kept)
+#pragma unroll
+                    for (int g = 0; g < G; ++g) {
+                        const float a = weight[g][j];
+#pragma unroll
+                        for (int c = 0; c < 8; ++c) acc[g][c] += a * y[c];
+                    }
+            }
+            const float norm = sqrtf(sum_apart<BATCH, LANES>(squares, l)) * 1.0001f;
+            const int j = from + (l / SHARERS) * GROUPS + group;
+#pragma unroll
+            for (int h = 0; h < SHARED_HEADS; ++h) {
+                const int g = h * SHARERS + l % SHARERS;
+                if (j < kept && g < G) reach[h] += weight[g][j] * norm, surplus_value[h] += extra[g][j] * norm;
             }
         }
         __syncthreads();
     }
+    {
+        float one[4 * WIDE];            // of all heads at once
+#pragma unroll
+        for (int g = 0; g < WIDE; ++g) {
+            const int h = g < G ? g : 0;
+            one[4 * g] = weights[h], one[4 * g + 1] = floors[h], one[4 * g + 2] = surplus[h], one[4 * g + 3] = rejected[h];
+        }
+        const float sum = sum_apart<4 * WIDE, 32>(one, lane);
+        const int which = lane / (8 / WIDE), g = which / 4;
+        if (lane % (8 / WIDE) == 0 && g < G) sums[which % 4][g][warp] = sum;
+    }
 #pragma unroll
     for (int g = 0; g < G; ++g) {
-        float one[4] = {weights[g], floors[g], surplus[g], rejected[g]};
+        // The groups of a warp read different values.
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            for (int m = 16; m; m /= 2) one[j] += __shfl_xor_sync(FULL, one[j], m);
-            if (lane == 0) sums[j][g][warp] = one[j];
-        }
+        for (int c = 0; c < 8; ++c)
+#pragma unroll
+            for (int m = LANES; m < 32; m *= 2) acc[g][c] += __shfl_xor_sync(FULL, acc[g][c], m);
     }
-    // Merge the keys of all threads, some heads at a time.
+    for (int turn = 0; turn < WARPS / SLOTS; ++turn) {
+        if (warp / SLOTS == turn && lane < LANES)
 #pragma unroll
-    for (int first = 0; first < G; first += BATCH) {
-        if (threadIdx.x < 3 * BATCH) squares[threadIdx.x] = 0.0f;
+            for (int g = 0; g < G; ++g)
 #pragma unroll
-        for (int g = first; g < G && g < first + BATCH; ++g) {
-            merged[3 * (g - first)][share][pair] = out[g];
-            merged[3 * (g - first) + 1][share][pair] = surplus_value[g];
-            merged[3 * (g - first) + 2][share][pair] = reach[g];
-        }
-        __syncthreads();
-        const int vectors = 3 * min(BATCH, G - first);
-        for (int i = threadIdx.x; i < vectors * PAIRS; i += THREADS) {  // a warp stays within a vector
-            const int what = i / PAIRS, p = i % PAIRS;
-            float2 x = merged[what][0][p];
-#pragma unroll
-            for (int j = 1; j < SHARES; ++j) x.x += merged[what][j][p].x, x.y += merged[what][j][p].y;
-            const i64 at = ((i64)pid * G + first + what / 3) * gridDim.y + blockIdx.y;
-            if (what % 3 == 0) ((float2*)(part_out + at * D))[p] = x;
-            float square = x.x * x.x + x.y * x.y;
-            for (int m = 16; m; m /= 2) square += __shfl_xor_sync(FULL, square, m);
-            if (lane == 0) atomicAdd(&squares[what], square);
-        }
-        __syncthreads();
-        if (threadIdx.x < vectors && threadIdx.x % 3) {
-            const i64 at = ((i64)pid * G + first + threadIdx.x / 3) * gridDim.y + blockIdx.y;
-            part_sums[at * 8 + (threadIdx.x % 3 == 1 ? 3 : 5)] = sqrtf(squares[threadIdx.x]) * 1.0001f;
-        }
-        __syncthreads();
+                for (int c = 0; c < 8; ++c) {
+                    float& to = merged[warp % SLOTS][g][8 * l + c];
+                    to = turn ? to + acc[g][c] : acc[g][c];
+                }
+        if (turn + 1 < WARPS / SLOTS) __syncthreads();
     }
-    if (threadIdx.x < 4 * G) {
-        const int g = threadIdx.x / 4, j = threadIdx.x % 4;
+#pragma unroll
+    for (int h = 0; h < SHARED_HEADS; ++h) {
+#pragma unroll
+        for (int m = SHARERS; m < 32; m *= 2) {
+            reach[h] += __shfl_xor_sync(FULL, reach[h], m);
+            surplus_value[h] += __shfl_xor_sync(FULL, surplus_value[h], m);
+        }
+        const int g = h * SHARERS + lane;
+        if (lane < SHARERS && g < G) sums[4][g][warp] = surplus_value[h], sums[5][g][warp] = reach[h];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < G * D; i += THREADS) {
         float o = 0.0f;
+#pragma unroll
+        for (int w = 0; w < SLOTS; ++w) o += merged[w][i / D][i % D];
+        part_out[(((i64)pid * G + i / D) * gridDim.y + blockIdx.y) * D + i % D] = o;
+    }
+    if (threadIdx.x < 6 * G) {
+        const int g = threadIdx.x / 6, j = threadIdx.x % 6;
+        float o = 0.0f;
+#pragma unroll
         for (int w = 0; w < WARPS; ++w) o += sums[j][g][w];
         float* to = part_sums + (((i64)pid * G + g) * gridDim.y + blockIdx.y) * 8;
-        to[j == 0 ? 1 : j == 1 ? 2 : j == 2 ? 4 : 6] = o;
+        const int places[6] = {1, 2, 4, 6, 3, 5};
+        to[places[j]] = o;
         if (j == 0) to[0] = peak[g];
     }
     if (threadIdx.x == 0 && kept_closed) atomicAdd(counters + pid * COUNTERS + EXACT, kept_closed);

@@ -15,6 +15,8 @@ typedef long long i64;
 #define FULL 0xffffffffu
 #define SIGNED 32768
 #define DECIDED (1 << 30)
+#define RANK_BINS 1024
+#define RANK_CODES 4
 #define COUNTERS 8
 enum { LISTED, COARSE, VALUE_BLOCKS, SPREAD, RANKED, EXACT };
 #define INFINITE __int_as_float(0x7f800000)
@@ -64,3 +66,50 @@ template <int N> __device__ __forceinline__ float sum_lanes(float x) {
     for (int m = N / 2; m; m /= 2) x += __shfl_xor_sync(FULL, x, m);
     return x;
 }
+__device__ __forceinline__ float root(float x) {  // off by 2^-23 relative at most
+    float r;
+    asm("sqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+// Sums over LANES neighbouring lanes of N values at once: lane l is left with value l / (LANES / N).
+template <int N, int LANES> __device__ __forceinline__ float sum_apart(const float (&v)[N], int lane) {
+    if constexpr (N == 1) return sum_lanes<LANES>(v[0]);
+    else {
+        const bool upper = lane & (LANES / 2);
+        float half[N / 2];
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i)
+            half[i] = (upper ? v[i + N / 2] : v[i]) + __shfl_xor_sync(FULL, upper ? v[i] : v[i + N / 2], LANES / 2);
+        return sum_apart<N / 2, LANES / 2>(half, lane);
+    }
+}
+// Programmatic dependent launch: a kernel of a step may start while its predecessor ends. Whatever the predecessors wrote is read after
+// awaited(), by loads that are not invariant (no const __restrict__): the compiler moves invariant ones above it.
+__device__ __forceinline__ void awaited() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const void* from) {
+    const u32 at = (u32)__cvta_generic_to_shared(to);
+    if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES) : "memory");
+}
+__device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+#ifdef Q
+__device__ __forceinline__ float query_at(const void* q, i64 i) {
+#if Q == 0
+    return ((const float*)q)[i];
+#elif Q == 1
+    return low_half(((const u16*)q)[i]);
+#else
+    return __int_as_float((u32)((const u16*)q)[i] << 16);
+#endif
+}
+#endif

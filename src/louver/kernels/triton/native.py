@@ -5,22 +5,24 @@ one block of loads in flight, and it has no histogram in shared memory (docs/ker
 in registers, several tiles ahead.
 """
 
+from collections.abc import Callable
 from ctypes import c_float, c_int, c_longlong, c_void_p
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from louver.geometry.rounded_query import quantized_query_slack
 from louver.kernels.triton import runtime
-from louver.kernels.triton.launch import NUM_MULTIPROCESSORS, num_splits
+from louver.kernels.triton.launch import NUM_MULTIPROCESSORS
+from louver.kernels.triton.plan import Plan
 from louver.sketch.layout import Sketch
-
-if TYPE_CHECKING:
-    from louver.kernels.triton.step import Plan
 
 SLICES = {64: 1, 128: 2, 256: 4}  # head dimension -> radii per key
 CTAS_PER_MULTIPROCESSOR = 2
+SCORE_CTAS_PER_MULTIPROCESSOR = 3
 METRICS = {"identity": 2, "frame": 1, "diagonal": 0}
+QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def serves_scan(q: Tensor, sketch: Sketch, group: int) -> bool:
@@ -40,12 +42,12 @@ def num_bins(group: int) -> int:
     return 1024 if group <= 4 else 512
 
 
-def num_tiers(rows: int, capacity: int) -> int:
-    """CTAs per KV head of tiers.cu; finish_kernel wants a power of two."""
-    return num_splits(rows, -(-capacity // 8), CTAS_PER_MULTIPROCESSOR)
+def num_ctas(rows: int, most: int) -> int:
+    """CTAs per KV head that fill the device once, no more than there is work for, and than finish.cu merges."""
+    return max(1, min(most, NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // rows, 256))
 
 
-def _kernel(file: str, name: str, plan: "Plan", **more: int) -> c_void_p:
+def _kernel(file: str, name: str, plan: Plan, *includes: str, **more: int) -> c_void_p:
     sketch = plan.sketch
     macros = {
         "D": sketch.dims,
@@ -56,35 +58,90 @@ def _kernel(file: str, name: str, plan: "Plan", **more: int) -> c_void_p:
         "FIXED": int(plan.fixed),
         **more,
     }
-    return runtime.function(file, name, tuple(f"-D{k}={v}" for k, v in macros.items()))
+    return runtime.function((*includes, file), name, tuple(f"-D{k}={v}" for k, v in macros.items()))
 
 
-def _choice(plan: "Plan") -> tuple[c_longlong, c_longlong, c_int]:
+def _choice(plan: Plan) -> tuple[c_longlong, c_longlong, c_int]:
     share, tolerance, need, *_ = plan.choice
     return c_longlong(share), c_longlong(tolerance), c_int(need)
 
 
-def scan(plan: "Plan", sinks: int, recent: int, keep_best: bool) -> None:
-    """Leave upper bounds and reach of every closed key, and this step's cuts, in the workspace."""
+def _scan_warps(plan: Plan, ctas: int) -> int:
+    """Warps of a CTA of scan.cu: more where one block each then does for a KV head."""
+    if plan.group > 4:
+        return 4
+    return 12 if 8 * ctas < plan.sketch.capacity <= 12 * ctas and plan.sketch.dims <= 128 else 8
+
+
+def _tiers_warps(plan: Plan, ctas: int) -> int:
+    """Warps of a CTA of tiers.cu, likewise."""
+    if plan.group * plan.sketch.dims > 1024:
+        return 4
+    return 10 if 8 * ctas < plan.sketch.capacity <= 10 * ctas and plan.sketch.dims <= 128 else 8
+
+
+def _scan_memory(plan: Plan, warps: int, ahead: int) -> int:
+    """Bytes of shared memory of a CTA of scan.cu (struct Shared)."""
+    dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
+    fixed = 1024 + -(-group // 4) * dims * 32 + group * (4 * num_bins(group) + 128) + 16
+    frames = 2 * (3 * dims + length * slices + 16)
+    return fixed + warps * (group * (length + 8) * 2 + frames + ahead * 8 * dims)
+
+
+@lru_cache(maxsize=8)
+def _shared_memory(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+
+
+def _deepest(plan: Plan, depths: tuple[int, ...], memory: Callable[[Plan, int, int], int], warps: int) -> int:
+    """The deepest of some queues with which the CTAs of a multiprocessor find room, or 2."""
+    most = _shared_memory(plan.keys.get_device()) // CTAS_PER_MULTIPROCESSOR - 1024
+    tiles = plan.sketch.config.frame_len // 16
+    return next((n for n in depths if n <= tiles and memory(plan, warps, n) <= most), 2)
+
+
+def prepare(plan: Plan, x: Tensor, floor: float, ranked: bool) -> None:
+    """Place the grids, and clear what the other kernels count into. ``floor``: share of the centers above which bounds are counted."""
     w, sketch = plan.workspace, plan.sketch
-    warps = 8 if plan.group <= 4 else 4
-    splits = max(1, min(-(-sketch.capacity // warps), NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // plan.rows))
-    metric = METRICS[sketch.config.metric]
-    *_, tau, unread_mass = plan.choice
     runtime.launch(
-        _kernel("scan.cu", "scan", plan, FRAME=metric, KEEP_BEST=int(keep_best)),
-        (plan.rows, splits),
-        warps * 32,
+        _kernel("prepare.cu", "prepare", plan, Q=QUERIES[x.dtype], RANKS=int(ranked)),
+        (plan.rows * plan.group, 1),
+        128,
         [
-            w.query, sketch.key_codes, sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
-            plan.scales, sketch.query_weight, *plan.place, w.low, w.floor, w.upper, w.reach, w.hist, w.masses, w.finished,
-            w.cuts, w.tau, *map(c_int, (plan.num_kv_heads, sketch.capacity, sinks, recent)), c_float(plan.scale),
-            *map(c_float, plan.rounding), *_choice(plan), c_float(tau), c_float(unread_mass),
+            x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.finished, w.masses,
+            w.below, *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, floor)),
         ],
     )  # fmt: skip
 
 
-def list_keys(plan: "Plan") -> None:
+def scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool) -> None:
+    """Leave upper bounds and reach of every closed key, and this step's cuts, in the workspace."""
+    w, sketch = plan.workspace, plan.sketch
+    most = max(1, NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // plan.rows)
+    warps = _scan_warps(plan, most)
+    splits = max(1, min(-(-sketch.capacity // warps), most))
+    ahead = _deepest(plan, (8, 4), _scan_memory, warps)
+    *_, tau, unread_mass = plan.choice
+    slack = quantized_query_slack(sketch.dims)
+    runtime.launch(
+        _kernel(
+            "scan.cu", "scan", plan, "cuts.cuh", FRAME=METRICS[sketch.config.metric], KEEP_BEST=int(keep_best), Q=QUERIES[x.dtype],
+            WARPS=warps, AHEAD=ahead,
+        ),
+        (plan.rows, splits),
+        warps * 32,
+        [
+            x, sketch.key_codes, sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
+            plan.scales, sketch.query_weight, *plan.place, w.low, w.floor, w.upper, w.reach, w.hist, w.masses, w.finished,
+            w.cuts, w.tau, *map(c_int, (plan.num_kv_heads, sketch.capacity, sinks, recent)),
+            *map(c_float, (plan.scale, *slack, plan.rounding[3])), *_choice(plan), c_float(tau), c_float(unread_mass),
+        ],
+        shared_bytes=_scan_memory(plan, warps, ahead),
+        early=True,
+    )  # fmt: skip
+
+
+def list_keys(plan: Plan) -> None:
     """List what reaches the cuts."""
     w, sketch = plan.workspace, plan.sketch
     per_step = 512 // sketch.config.frame_len
@@ -99,50 +156,108 @@ def list_keys(plan: "Plan") -> None:
             w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, w.below,
             *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
         ],
+        early=True,
     )  # fmt: skip
 
 
-def tiers(plan: "Plan", splits: int) -> None:
+def _tiers_memory(plan: Plan, warps: int, ahead: int) -> int:
+    """Bytes of shared memory of a CTA of tiers.cu (struct Shared)."""
+    dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
+    block = group * (2 * length + 32) + length * slices + 3 * dims + -(-(slices + 2) * group * 4 // 16) * 16 + 16
+    return 1024 + warps * (4 * group * (dims + 36) + 28 * group + 3 * block + ahead * 8 * dims)
+
+
+def tiers(plan: Plan, splits: int) -> None:
     """List the exact keys and attend the others through the sketch."""
     w, sketch = plan.workspace, plan.sketch
     frames = sketch.value_frames
     assert frames is not None, "a policy that drops nothing needs sketched values"
+    warps = _tiers_warps(plan, splits)
+    ahead = _deepest(plan, (4,), _tiers_memory, warps)
     runtime.launch(
-        _kernel("tiers.cu", "tiers", plan),
+        _kernel("tiers.cu", "tiers", plan, WARPS=warps, AHEAD=ahead),
         (plan.rows, splits),
-        128 if plan.group * sketch.dims > 1024 else 256,
+        warps * 32,
         [
             w.upper, w.reach, sketch.key_radius, frames.codes, frames.center, frames.scale, frames.error,
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
             *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
         ],
+        shared_bytes=_tiers_memory(plan, warps, ahead),
+        early=True,
     )  # fmt: skip
 
 
 def serves_cache(keys: Tensor, values: Tensor) -> bool:
-    """Whether attend.cu can read keys and values, four bytes at a time."""
+    """Whether score.cu and attend.cu can read keys and values, 16 bytes at a time."""
     return all(
         x.dtype in (torch.float16, torch.bfloat16)
         and x.stride(3) == 1
-        and all(s % 2 == 0 for s in x.stride()[:3])
-        and x.data_ptr() % 4 == 0
+        and all(s % 8 == 0 for s in x.stride()[:3])
+        and x.data_ptr() % 16 == 0
         for x in (keys, values)
     )
 
 
-def attend(plan: "Plan", splits: int, slack_share: float, mask: Tensor | None) -> None:
-    """Exact attention over a scored list."""
+def _cache(plan: Plan) -> dict[str, int]:
+    return {"BF16": int(plan.keys.dtype == torch.bfloat16), "PAGED": int(plan.block_table is not None)}
+
+
+def score(plan: Plan, slack_share: float) -> None:
+    """Score the list and the open block, and count the scores. ``slack_share``: of |q| |k|, what a score may be off by."""
+    w, keys, table = plan.workspace, plan.keys, plan.block_table
+    splits = max(
+        1, min(-(-w.list_scores.shape[1] // 16), SCORE_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS // plan.rows)
+    )
+    runtime.launch(
+        _kernel("score.cu", "score", plan, "cache.cuh", **_cache(plan)),
+        (plan.rows, splits),
+        256,
+        [
+            w.query, keys, keys if table is None else table,
+            *map(c_longlong, (*keys.stride()[:3], 0 if table is None else table.stride(0))), c_int(keys.shape[2]), *plan.place,
+            w.low, w.cuts, w.listed, w.counters, w.list_scores, w.list_slacks, w.rank_hist,
+            *map(c_int, (plan.num_kv_heads, plan.room)), *map(c_float, (plan.scale, slack_share)),
+        ],
+        early=True,
+    )  # fmt: skip
+
+
+def attend(plan: Plan, splits: int, slack_share: float, mask: Tensor | None) -> None:
+    """Raise tau to the rank-th best score, and attend what reaches it exactly."""
     w, keys, values, table = plan.workspace, plan.keys, plan.values, plan.block_table
     runtime.launch(
-        _kernel("attend.cu", "attend", plan, BF16=int(keys.dtype == torch.bfloat16), PAGED=int(table is not None)),
+        _kernel("attend.cu", "attend", plan, "cache.cuh", **_cache(plan)),
         (plan.rows, splits),
         256,
         [
             w.query, keys, values, keys if table is None else table,
             *map(c_longlong, (*keys.stride()[:3], *values.stride()[:3], 0 if table is None else table.stride(0))),
-            c_int(keys.shape[2]), *plan.place, w.low, w.tau, w.listed, w.list_scores, w.list_slacks, w.counters,
-            w.exact_out, w.exact_sums, c_void_p(0) if mask is None else mask, c_longlong(0 if mask is None else mask.stride(1)),
-            *map(c_int, (plan.num_kv_heads, plan.room, w.list_scores.shape[1])),
-            *map(c_float, (plan.scale, slack_share, 2.0**-20)),
+            c_int(keys.shape[2]), *plan.place, w.low, w.cuts, w.tau, w.raised, w.rank_hist, w.listed, w.list_scores, w.list_slacks,
+            w.counters, w.exact_out, w.exact_sums, c_void_p(0) if mask is None else mask,
+            c_longlong(0 if mask is None else mask.stride(1)), *map(c_int, (plan.num_kv_heads, plan.room)),
+            *map(c_float, (plan.scale, slack_share, 2.0**-20)), *_choice(plan),
         ],
+        early=True,
+    )  # fmt: skip
+
+
+def finish(
+    plan: Plan,
+    splits: tuple[int, int],
+    tau: Tensor,
+    rounding: tuple[float, float],
+    result: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Merge ``splits`` (exact, tiers) into output, evidence and counts. ``rounding``: of the sums, and the output's unit."""
+    w = plan.workspace
+    runtime.launch(
+        _kernel("finish.cu", "finish", plan, OUT=QUERIES[result[0].dtype]),
+        (plan.rows * plan.group, 1),
+        128,
+        [
+            w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, tau, w.below, plan.sketch.value_mean, w.counters,
+            *plan.place, *result, *map(c_int, (plan.num_kv_heads, plan.room, *splits)), *map(c_float, rounding),
+        ],
+        early=True,
     )  # fmt: skip

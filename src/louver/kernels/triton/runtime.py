@@ -34,8 +34,8 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=64)
-def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_p:
-    """Compile a file of this folder for the current device and return one of its kernels.
+def function(sources: tuple[str, ...], name: str, options: tuple[str, ...]) -> ctypes.c_void_p:
+    """Compile files of this folder, one after another, for the current device and return one of their kernels.
 
     Raises:
         BackendError: the compiler or the driver refused; the message holds its log.
@@ -43,11 +43,11 @@ def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_
     nvrtc, driver = _nvrtc(), _driver()
     assert nvrtc is not None, "ask available() first"
     folder = Path(__file__).parent
-    text = (folder / "common.cuh").read_bytes() + (folder / source).read_bytes()
+    text = b"".join((folder / source).read_bytes() for source in ("common.cuh", *sources))
     major, minor = torch.cuda.get_device_capability()
     flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *options]
     program = ctypes.c_void_p()
-    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None), "create")
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, sources[-1].encode(), 0, None, None), "create")
     arguments = (ctypes.c_char_p * len(flags))(*[f.encode() for f in flags])
     status = nvrtc.nvrtcCompileProgram(program, len(flags), arguments)
     if status:
@@ -55,7 +55,7 @@ def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_
         nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise BackendError(f"{source} did not compile ({' '.join(flags)}): {log.value.decode()}")
+        raise BackendError(f"{sources[-1]} did not compile ({' '.join(flags)}): {log.value.decode()}")
     size = ctypes.c_size_t()
     _check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "size")
     image = ctypes.create_string_buffer(size.value)
@@ -65,17 +65,58 @@ def function(source: str, name: str, options: tuple[str, ...]) -> ctypes.c_void_
     module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
     _check(driver.cuModuleLoadData(ctypes.byref(module), image), "load")
     _check(driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()), "find")
+    most = torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
+    static = ctypes.c_int()
+    _check(
+        driver.cuFuncGetAttribute(ctypes.byref(static), 1, kernel), "ask about"
+    )  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+    _check(driver.cuFuncSetAttribute(kernel, 8, most - static.value), "configure")  # ..._MAX_DYNAMIC_SHARED_SIZE_BYTES
     return kernel
 
 
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _Config(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...: may start while the stream's last kernel ends
+
+
+@lru_cache(maxsize=1)
+def _starts_early() -> bool:
+    return torch.cuda.get_device_capability() >= (9, 0)
+
+
 def launch(
-    kernel: ctypes.c_void_p, grid: tuple[int, int], threads: int, arguments: list[Tensor | ctypes._SimpleCData]
+    kernel: ctypes.c_void_p,
+    grid: tuple[int, int],
+    threads: int,
+    arguments: list[Tensor | ctypes._SimpleCData],
+    shared_bytes: int = 0,
+    early: bool = False,
 ) -> None:
-    """Launch on torch's current stream. Tensors pass their address, numbers are given as the ctypes of the parameter."""
+    """Launch on torch's current stream. Tensors pass their address, numbers are given as the ctypes of the parameter.
+
+    ``early``: the kernel may start while the stream's last kernel ends, and waits for it itself (awaited() in common.cuh).
+    """
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-    _check(_driver().cuLaunchKernel(kernel, *grid, 1, threads, 1, 1, 0, stream, pointers, None), "launch")
+    stream = torch.cuda.current_stream().cuda_stream
+    attribute = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+    config = _Config(
+        (*grid, 1), (threads, 1, 1), shared_bytes, stream, ctypes.pointer(attribute), int(early and _starts_early())
+    )
+    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, pointers, None), "launch")
 
 
 def in_host_memory(x: Tensor) -> bool:

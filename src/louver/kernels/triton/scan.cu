@@ -1,372 +1,358 @@
-// The scan and the cuts of one decode step in CUDA C++, compiled at run time; scan.py and resolve.py are its twins in Triton.
+// The scan and the cuts of one decode step in CUDA C++, compiled at run time; scan.py and resolve.py are its twins in
+// Triton.
 //
-// A warp takes a block of keys. Each lane's 16 bytes of codes are, as they lie in memory, its fragment of an m16n8k16 product: nibbles
-// are significands of subnormal float16, so one AND makes two operands and no layout changes hands. Codes are loaded AHEAD tiles
-// before their use, across blocks, and frames one block ahead. Constants come as macros: D, G, L, S, FRAME, DROP, FIXED, KEEP_BEST.
-#define WARPS (G <= 4 ? 8 : 4)
-#define W (D / 32)                                        // 32-bit words of codes per lane and key
+// A warp takes a block of keys. The query, scaled by the block's frame, is rounded to 16-bit integers whose high and low bytes are two
+// columns of an m16n8k32 product of bytes: column 2 h is the high byte of head h, 2 h + 1 its low byte, so that a lane holds both sums of
+// its head and joins them exactly. One AND makes an operand of codes; high nibbles count 16 times. Codes reach a lane through a queue of
+// its own in shared memory, AHEAD tiles deep, by asynchronous copies of exactly the bytes that the lane itself reads: no lane waits for
+// another. Frames and radii are copied one block ahead, and shared by the warp.
+// Macros: D, G, L, S, FRAME, DROP, FIXED, KEEP_BEST, Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
+#define W (D / 32)                         // 32-bit words of codes per lane and key
 #define TILES (L / 16)
-#define AHEAD (16 / W < TILES ? 16 / W : TILES)           // tiles in flight
-#define HALVES (PAIRED ? 1 : 2)                           // halves of the head dimension a lane scales
+#define PLANES ((G + 3) / 4)               // groups of four heads
+#define CHANNELS (4 * W)                   // channels of the query a lane scales: a quarter of one half
+#define TILE_BYTES (8 * D)
+#define FRAME_BYTES (3 * D + L * S + 16)   // center, scale, radii, units
+#define QUANTA 32512.0f                    // steps the largest channel of the scaled query is given
+#define WHOLE 12582912.0f                  // 1.5 2^23: added to it, a float's low bits are a whole number; conversions are few a clock
+#define WHOLE_BITS 0x4b400000
+#define BYTE_ZERO 32768.0f                 // a byte in the second byte of this float's bits adds its value
+#define STAGED (L + 8)                     // codes of a head, padded against bank conflicts
 
-struct Frame {  // the lane's share of a block's frame: 4 W channels of each half it scales
-    Words<2 * W> center[HALVES];
-    Words<W> scale[HALVES];
+__device__ __forceinline__ void product(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+struct Shared {
+    float table[256];
+    float2 query[PLANES][CHANNELS][32];    // q, and q^2 times the metric's weight, as lanes read them
+    int bins[G][BINS + 32];                // BINS while counting; when the cuts are made, a word more after every 32
+    u16 staged[WARPS][G][STAGED];
+    u8 frames[WARPS][2][FRAME_BYTES];
+    u8 codes[WARPS][AHEAD][TILE_BYTES];
+    int last;
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
-    const float* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ center, const u8* __restrict__ scale_codes,
+    const void* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ center, const u8* __restrict__ scale_codes,
     const u8* __restrict__ radius, const float* __restrict__ unit, const float* __restrict__ scales,
     const float* __restrict__ weight, const int* __restrict__ num_blocks, const int* __restrict__ kv_start,
-    const int* __restrict__ kv_len, const float* __restrict__ low, const int* __restrict__ floor_code, short* __restrict__ upper,
-    float* __restrict__ reach, int* __restrict__ hist, float* __restrict__ masses, int* __restrict__ finished,
-    int* __restrict__ cuts, float* __restrict__ tau, int num_kv_heads, int capacity, int sinks, int recent, float scale,
-    float slack_scaled, float slack_centered, float slack_fixed, float inflation, i64 share, i64 tolerance, int count,
-    float fixed_tau, float unread_mass) {
-    __shared__ float table[256];
-    __shared__ float2 query[G][D];           // q, and q^2 times the metric's weight
-    __shared__ int bins[G][BINS];
-    __shared__ float constants[WARPS][G][8]; // of the warp's block: offset, a factor per radius
-    __shared__ __align__(16) u16 staged[WARPS][G][L];
-    __shared__ bool last;
-
+    const int* __restrict__ kv_len, const float* low, const int* floor_code, short* __restrict__ upper, float* __restrict__ reach,
+    int* hist, float* masses, int* finished, int* __restrict__ cuts, float* __restrict__ tau, int num_kv_heads, int capacity,
+    int sinks, int recent, float scale, float slack_scaled, float slack_centered,
+    float slack_fixed, float inflation, i64 share, i64 tolerance, int count, float fixed_tau, float unread_mass) {
+    extern __shared__ __align__(16) u8 memory[];
+    Shared& s = *(Shared*)memory;
     const int pid = blockIdx.x, row = pid / num_kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int r = lane / 4, t = lane % 4;    // fragment row (or column of the query), and quarter of a key
-    const int blocks = num_blocks[row], length = kv_len[row] - kv_start[row];
-    for (int i = threadIdx.x; i < 256; i += WARPS * 32) table[i] = scales[i];
-    for (int i = threadIdx.x; i < G * D; i += WARPS * 32) {
-        float x = q[(i64)pid * G * D + i], u = FRAME == 2 ? 1.0f : weight[(i64)pid * D + i % D];
-        query[i / D][i % D] = make_float2(x, x * x * u);
-    }
-    for (int i = threadIdx.x; i < G * BINS; i += WARPS * 32) bins[i / BINS][i % BINS] = 0;
-    __syncthreads();
-
-    const int head = PAIRED ? r % 4 : r;             // whose query this lane scales
-    const int first_half = PAIRED ? r / 4 : 0;
-    const int mine = 2 * (PAIRED ? t % 2 : t);       // the two heads whose results this lane holds
-    const bool real0 = mine < G, real1 = mine + 1 < G;
-    const float k = scale * STEPS;
-    int floor0 = real0 ? floor_code[pid * G + mine] : 0, floor1 = real1 ? floor_code[pid * G + mine + 1] : 0;
-    float below[2] = {0.0f, 0.0f}, kept[2] = {0.0f, 0.0f};
-
+    const int r = lane / 4, t = lane % 4;    // row of a tile, and quarter of a key; for the query: column, and quarter of a half
+    const int half = r % 2;                  // of the head dimension, of head r / 2, this lane scales
     const int stride = gridDim.y * WARPS;
-    int b = blockIdx.y * WARPS + warp;
     const i64 base = (i64)pid * capacity;
-    const u32* lane_codes = (const u32*)(codes + (base * L + r) * (D / 2)) + t * W;
-    auto key_words = [&](int block, int tile, int half) {
-        return stream<W>(lane_codes + ((i64)block * L + tile * 16 + half * 8) * (D / 8));
-    };
-    auto frame_of = [&](int block) {
-        Frame f;
-#pragma unroll
-        for (int h = 0; h < HALVES; ++h) {
-            i64 at = (base + block) * D + (first_half + h) * (D / 2) + 4 * W * t;
-            f.center[h] = stream<2 * W>((const u32*)(center + at));
-            f.scale[h] = stream<W>((const u32*)(scale_codes + at));
-        }
-        return f;
-    };
-    Words<W> ahead[AHEAD][2];
-    Frame frame;
-    if (b < blocks) {
-        frame = frame_of(b);
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) { ahead[i][0] = key_words(b, i, 0); ahead[i][1] = key_words(b, i, 1); }
-    }
-    for (; b < blocks; b += stride) {
-        const int next = b + stride < blocks ? b + stride : b;
-        const i64 block = base + b;
-        // Radii of the rows this lane finishes.
-        u32 radii[TILES][PAIRED ? 1 : 2];
-#pragma unroll
-        for (int i = 0; i < TILES; ++i)
-#pragma unroll
-            for (int j = 0; j < (PAIRED ? 1 : 2); ++j) {
-                const u8* p = radius + (block * L + i * 16 + r + 8 * (PAIRED ? t / 2 : j)) * S;
-                radii[i][j] = S == 1 ? (u32)*p : S == 2 ? (u32) * (const u16*)p : *(const u32*)p;
-            }
-        float units[S];
-#pragma unroll
-        for (int s = 0; s < S; ++s) units[s] = unit[block * S + s];
+    int b = blockIdx.y * WARPS + warp;
 
-        // Scale the query by the frame.
-        u32 p[2][W][2];
-        float bias = 0.0f, scaled = 0.0f, centered = 0.0f, square[2] = {0.0f, 0.0f};
+    u8* const queue = s.codes[warp][0] + r * (D / 2) + t * 4 * W;
+    const u8* const lane_codes = codes + (base * L + r) * (D / 2) + t * 4 * W;
+    auto fetch_tile = [&](int block, int tile, int slot) {
+        const u8* from = lane_codes + ((i64)block * L + tile * 16) * (D / 2);
 #pragma unroll
-        for (int h = 0; h < HALVES; ++h)
+        for (int j = 0; j < 2; ++j)
+#pragma unroll
+            for (int i = 0; i < 4 * W; i += (W >= 4 ? 16 : 8))
+                copy_async<(W >= 4 ? 16 : 8)>(queue + slot * TILE_BYTES + j * 4 * D + i, from + j * 4 * D + i);
+    };
+    auto fetch_frame = [&](int block, int slot) {  // all 16-byte pieces of a block's frame, spread over the warp
+        const i64 at = base + block;
+        u8* to = s.frames[warp][slot];
+#pragma unroll
+        for (int i = lane; i < (3 * D + L * S) / 16; i += 32) {
+            const u8* from = i < D / 8 ? (const u8*)(center + at * D) + 16 * i
+                             : i < 3 * D / 16 ? scale_codes + at * D + (16 * i - 2 * D) : radius + at * L * S + (16 * i - 3 * D);
+            copy_async<16>(to + 16 * i, from);
+        }
+        if (lane < S) copy_async<4>(to + 3 * D + L * S + 4 * lane, unit + at * S + lane);
+    };
+    // The queues' first tiles are megabytes: what the start depends on is asked for before them, or would wait behind them.
+    constexpr int THREADS = WARPS * 32;
+    const int blocks = num_blocks[row], length = kv_len[row] - kv_start[row];
+    float xs[(G * D + THREADS - 1) / THREADS], us[(G * D + THREADS - 1) / THREADS];
+#pragma unroll
+    for (int j = 0; j < (G * D + THREADS - 1) / THREADS; ++j) {
+        const int i = threadIdx.x + j * THREADS;
+        xs[j] = i < G * D ? query_at(q, (i64)pid * G * D + i) : 0.0f;
+        us[j] = FRAME == 2 || i >= G * D ? 1.0f : weight[(i64)pid * D + i % D];
+    }
+    float table[(255 + THREADS) / THREADS];
+#pragma unroll
+    for (int j = 0; j < (255 + THREADS) / THREADS; ++j) table[j] = scales[min(threadIdx.x + j * THREADS, 255)];
+    if (b < blocks) {
+        fetch_frame(b, 0);
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) { fetch_tile(b, i, i); commit(); }
+    }
+
+#pragma unroll
+    for (int j = 0; j < (255 + THREADS) / THREADS; ++j) if (threadIdx.x + j * THREADS < 256) s.table[threadIdx.x + j * THREADS] = table[j];
+    for (int i = threadIdx.x; i < PLANES * CHANNELS * 32; i += THREADS)
+        if (4 * (i / (CHANNELS * 32)) + (i % 32) / 8 >= G) s.query[0][0][i] = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < (G * D + THREADS - 1) / THREADS; ++j) {
+        const int i = threadIdx.x + j * THREADS, g = i / D, d = i % D, h = d / (D / 2), c = d % (D / 2);
+        if (i >= G * D) break;
+        const float x = xs[j];
+        s.query[g / 4][c % CHANNELS][((g % 4) * 2 + h) * 4 + c / CHANNELS] = make_float2(x, x * x * us[j]);
+    }
+    for (int i = threadIdx.x; i < G * (BINS + 32); i += THREADS) s.bins[0][i] = 0;
+    __syncthreads();
+    awaited();                             // where the grid lies, and clear histograms
+    const float k = scale * STEPS;
+    float below[PLANES], kept[PLANES], lowest[PLANES], floors[PLANES];
+    int whole_floors[PLANES];
+    const bool odd = half;
+#pragma unroll
+    for (int n = 0; n < PLANES; ++n) {
+        below[n] = kept[n] = 0.0f;
+        const int scaled_head = 4 * n + r / 2, mine = 4 * n + t;
+        lowest[n] = scaled_head < G ? low[pid * G + scaled_head] : 0.0f;
+        whole_floors[n] = mine < G ? floor_code[pid * G + mine] : 0;
+        floors[n] = (float)whole_floors[n];
+    }
+    int slot = 0;
+    for (; b < blocks; b += stride, slot ^= 1) {
+        const int next = b + stride;
+        const bool more = next < blocks;
+        const i64 block = base + b;
+        arrived<AHEAD - 1>();
+        __syncwarp();
+        const u8* const frame = s.frames[warp][slot];
+        if (more) fetch_frame(next, slot ^ 1);  // joins the group of the next tile asked for
+
+        // Scale the query by the frame, and round it.
+        u32 p[PLANES][2][W];
+        int zero[PLANES][4];
+        float offset[PLANES], step[PLANES], factor[PLANES][S], drop[PLANES], base_width[PLANES];
+        bool fits = true;
+#pragma unroll
+        for (int n = 0; n < PLANES; ++n) {
+            float part[CHANNELS], bias = 0.0f, centered = 0.0f, square = 0.0f, widest = 0.0f;
+            const u32* const fz = (const u32*)(frame + (half * (D / 2) + CHANNELS * t) * 2);
+            const u32* const fs = (const u32*)(frame + 2 * D + half * (D / 2) + CHANNELS * t);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                float part[4];
+                const u32 sc = fs[w];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    float2 x = make_float2(0.0f, 0.0f);
-                    if (head < G) x = query[head][(first_half + h) * (D / 2) + 4 * (t * W + w) + j];
-                    float s = table[(frame.scale[h].x[w] >> (8 * j)) & 255];
-                    u32 zz = frame.center[h].x[2 * w + j / 2];
-                    float z = j % 2 ? high_half(zz) : low_half(zz);
-                    part[j] = x.x * s;
-                    scaled += fabsf(part[j]);
-                    float y = x.x * z;
+                    const float2 x = s.query[n][4 * w + j][lane];
+                    const float sigma = s.table[(sc >> (8 * j)) & 255];
+                    const u32 zz = fz[2 * w + j / 2];
+                    const float y = x.x * (j % 2 ? high_half(zz) : low_half(zz));
+                    part[4 * w + j] = x.x * sigma;
+                    widest = fmaxf(widest, fabsf(part[4 * w + j]));
                     bias += y;
                     centered += fabsf(y);
-                    square[h] += FRAME == 1 ? x.y * s : x.y;
+                    square += FRAME == 1 ? x.y * sigma : x.y;
                 }
-                p[h][w][0] = pack(part[0], part[2]);
-                p[h][w][1] = pack(part[1], part[3]);
             }
-        frame = frame_of(next);
-        if (PAIRED) {  // the partner scaled the other half
 #pragma unroll
-            for (int w = 0; w < W; ++w)
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    u32 own = p[0][w][j], other = __shfl_xor_sync(FULL, own, 16);
-                    p[0][w][j] = first_half ? other : own;
-                    p[1][w][j] = first_half ? own : other;
-                }
-            float other;
-#pragma unroll
-            for (int m = 1; m <= 2; m *= 2) {
-                if (S < 4 || m == 1) square[0] += __shfl_xor_sync(FULL, square[0], m);
+            for (int m = 1; m <= 4; m *= 2) {
+                widest = fmaxf(widest, __shfl_xor_sync(FULL, widest, m));
                 bias += __shfl_xor_sync(FULL, bias, m);
-                scaled += __shfl_xor_sync(FULL, scaled, m);
                 centered += __shfl_xor_sync(FULL, centered, m);
+                if (m == 1 || (m == 2 && S < 4)) square += __shfl_xor_sync(FULL, square, m);
             }
-            bias += __shfl_xor_sync(FULL, bias, 16);
-            scaled += __shfl_xor_sync(FULL, scaled, 16);
-            centered += __shfl_xor_sync(FULL, centered, 16);
-            other = __shfl_xor_sync(FULL, square[0], 16);
-            square[1] = first_half ? square[0] : other;
-            square[0] = first_half ? other : square[0];
-        } else {
-#pragma unroll
-            for (int m = 1; m <= 2; m *= 2) {
-                if (S < 4 || m == 1) { square[0] += __shfl_xor_sync(FULL, square[0], m); square[1] += __shfl_xor_sync(FULL, square[1], m); }
-                bias += __shfl_xor_sync(FULL, bias, m);
-                scaled += __shfl_xor_sync(FULL, scaled, m);
-                centered += __shfl_xor_sync(FULL, centered, m);
-            }
-        }
-        float squares[S];
-        if (S == 1) squares[0] = square[0] + square[1];
-        if (S == 2) { squares[0] = square[0]; squares[S - 1] = square[1]; }
-        if (S == 4) {
-            squares[0] = __shfl_sync(FULL, square[0], lane & ~3);
-            squares[S > 1 ? 1 : 0] = __shfl_sync(FULL, square[0], lane | 3);
-            squares[S > 2 ? 2 : 0] = __shfl_sync(FULL, square[1], lane & ~3);
-            squares[S > 3 ? 3 : 0] = __shfl_sync(FULL, square[1], lane | 3);
-        }
-        bool fits = true;
-        if (head < G) {
-            float slack = slack_scaled * scaled + slack_centered * centered + slack_fixed;
-            float start = low[pid * G + head];
-            float allowed = (fabsf(start) + scale * (centered + 16.0f * scaled)) * 0x1p-19f;  // rounding of what follows, nats
-            float offset = bias * k + (slack * scale - start + allowed) * STEPS + 1.0f;
-            fits = scaled < 65000.0f && fabsf(offset) < 1e30f;
-            if (t == 0 && first_half == 0) {
-                float* out = reach + block * (S + 2) * G + head;
-                float widest = slack * scale + 2.0f * allowed;
-                constants[warp][head][0] = offset;
-                out[S * G] = widest;
-#pragma unroll
-                for (int s = 0; s < S; ++s) {
-                    float factor = sqrtf(squares[s]) * (units[s] * inflation) * scale;
-                    fits = fits && factor * 255.0f < 1e30f;
-                    out[s * G] = factor;
-                    widest += 254.0f * factor;
-                    constants[warp][head][1 + s] = factor * (STEPS * (1.0f + 0x1p-18f));
-                }
-                constants[warp][head][5] = (slack * scale + 2.0f * allowed) * STEPS;
-                out[(S + 1) * G] = widest;
-            }
-        }
-        const bool usable = __all_sync(FULL, fits);
-        __syncwarp();
-        float offset0 = 0.0f, offset1 = 0.0f, slack0 = 0.0f, slack1 = 0.0f, factor0[S], factor1[S];
-#pragma unroll
-        for (int s = 0; s < S; ++s) factor0[s] = factor1[s] = 0.0f;
-        if (real0) {
-            offset0 = constants[warp][mine][0];
-            slack0 = constants[warp][mine][5];
-#pragma unroll
-            for (int s = 0; s < S; ++s) factor0[s] = constants[warp][mine][1 + s];
-        }
-        if (real1) {
-            offset1 = constants[warp][mine + 1][0];
-            slack1 = constants[warp][mine + 1][5];
-#pragma unroll
-            for (int s = 0; s < S; ++s) factor1[s] = constants[warp][mine + 1][1 + s];
-        }
-        // -8 sum(p), on the tensor cores too: every row of the result is the same.
-        float zero_low[4] = {0.0f, 0.0f, 0.0f, 0.0f}, zero_high[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-        for (int w = 0; w < W; ++w) {
-            mma(zero_low, 0x00080008u, 0x00080008u, 0x00080008u, 0x00080008u, p[0][w][0], p[0][w][1]);
-            mma(zero_high, 0x00800080u, 0x00800080u, 0x00800080u, 0x00800080u, p[1][w][0], p[1][w][1]);
-        }
-#pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const int slot = i % AHEAD;
-            float lo[4], hi[4];
-#pragma unroll
-            for (int j = 0; j < 4; ++j) { lo[j] = -zero_low[j]; hi[j] = -zero_high[j]; }
+            const float size = fmaxf(widest, 1e-30f), inverse = __fdividef(QUANTA, size);
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                u32 a = ahead[slot][0].x[w], c = ahead[slot][1].x[w];
-                u32 a8 = a >> 8, c8 = c >> 8;
-                mma(lo, a & 0x000f000fu, c & 0x000f000fu, a8 & 0x000f000fu, c8 & 0x000f000fu, p[0][w][0], p[0][w][1]);
-                mma(hi, a & 0x00f000f0u, c & 0x00f000f0u, a8 & 0x00f000f0u, c8 & 0x00f000f0u, p[1][w][0], p[1][w][1]);
-            }
-            {
-                const int to = i + AHEAD;
-                const int from = to < TILES ? b : next;
-                ahead[slot][0] = key_words(from, to % TILES, 0);
-                ahead[slot][1] = key_words(from, to % TILES, 1);
-            }
+                u32 whole[4];
 #pragma unroll
-            for (int j = 0; j < (PAIRED ? 1 : 2); ++j) {
-                const int in_block = i * 16 + r + 8 * (PAIRED ? t / 2 : j);
-                const int index = b * L + in_block;
-                bool decided = !usable || index < sinks || index >= length - recent;
-                float width0 = 0.0f, width1 = 0.0f;
+                for (int j = 0; j < 4; ++j) whole[j] = __float_as_uint(fmaf(part[4 * w + j], inverse, WHOLE + 128.0f));
+                const u32 x = __byte_perm(whole[0], whole[1], 0x5410), y = __byte_perm(whole[2], whole[3], 0x5410);
+                const u32 fine = __byte_perm(x, y, 0x6420) ^ 0x80808080u, coarse = __byte_perm(x, y, 0x7531);
+                const u32 other = __shfl_xor_sync(FULL, odd ? coarse : fine, 4);  // the partner scaled the other half
+                p[n][0][w] = odd ? other : coarse;
+                p[n][1][w] = odd ? fine : other;
+            }
+            float squares[S];
+            if (S == 1) squares[0] = square + __shfl_xor_sync(FULL, square, 4);
+            if (S == 2) {
+                const float other = __shfl_xor_sync(FULL, square, 4);
+                squares[0] = odd ? other : square;
+                squares[S - 1] = odd ? square : other;
+            }
+            if (S == 4) {
 #pragma unroll
-                for (int s = 0; s < S; ++s) {
-                    u32 code = (radii[i][j] >> (8 * s)) & 255;
-                    decided = decided || code == 255;
-                    width0 += (float)code * factor0[s];
-                    width1 += (float)code * factor1[s];
+                for (int j = 0; j < S; ++j) squares[j] = __shfl_sync(FULL, square, (lane & ~7) | (4 * (j / 2)) | (2 * (j % 2)));
+            }
+            const float* units = (const float*)(frame + 3 * D + L * S);
+            const float slack = slack_scaled * size + slack_centered * centered + slack_fixed;
+            const float allowed = (fabsf(lowest[n]) + scale * (centered + 8.0f * D * size)) * 0x1p-19f;  // rounding of what follows, nats
+            float mine_offset = bias * k + (slack * scale - lowest[n] + allowed) * STEPS + 1.0f;
+            float mine_factor[S], reached = slack * scale + 2.0f * allowed;
+            const float doubt = reached * STEPS;
+            fits = fits && size < 1e30f && fabsf(mine_offset) < 1e30f;
+            const bool writes = t == 0 && !odd && 4 * n + r / 2 < G;
+            float* out = reach + block * (S + 2) * G + 4 * n + r / 2;
+            if (writes) out[S * G] = reached;
+#pragma unroll
+            for (int j = 0; j < S; ++j) {
+                mine_factor[j] = root(squares[j]) * (units[j] * inflation) * scale;
+                fits = fits && mine_factor[j] * 255.0f < 1e30f;
+                reached += 254.0f * mine_factor[j];
+                if (writes) out[j * G] = mine_factor[j];
+            }
+            if (writes) out[(S + 1) * G] = reached;
+            const int holder = 8 * t;        // a lane that scaled the head whose results this lane holds
+            offset[n] = __shfl_sync(FULL, mine_offset, holder);
+            step[n] = __shfl_sync(FULL, size * (1.0f / QUANTA) * k, holder);
+            drop[n] = 2.0f * __shfl_sync(FULL, doubt, holder) + 3.0f + floors[n] + BIN_CODES / 2;
+            base_width[n] = 0.0f;
+#pragma unroll
+            for (int j = 0; j < S; ++j) {
+                factor[n][j] = __shfl_sync(FULL, mine_factor[j] * (STEPS * (1.0f + 0x1p-18f)), holder);
+                base_width[n] -= (BYTE_ZERO - 0x1p-6f) * factor[n][j];  // 2^-6: what rounding of sums with BYTE_ZERO costs, and more
+            }
+            // 8 sum(p), in whole numbers: every row of the result is the same.
+            zero[n][0] = zero[n][1] = zero[n][2] = zero[n][3] = 0;
+#pragma unroll
+            for (int w = 0; w < W; w += 2)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    product(zero[n], 0x08080808u, 0x08080808u, 0x08080808u, 0x08080808u, p[n][h][w], p[n][h][w + 1]);
+        }
+        const bool usable = __all_sync(FULL, fits);
+        const int first = max(sinks - b * L, 0), span = usable ? max(length - recent - b * L - first, 0) : 0;
+
+#pragma unroll 2
+        for (int i = 0; i < TILES; ++i) {
+            if (i) arrived<AHEAD - 1>();
+            u32* const own = (u32*)(queue + (i % AHEAD) * TILE_BYTES);
+            u32 a[W], c[W];
+            if constexpr (W == 2) {
+                const uint2 x = *(const uint2*)own, y = *(const uint2*)(own + D);
+                a[0] = x.x, a[1] = x.y, c[0] = y.x, c[1] = y.y;
+            } else
+#pragma unroll
+                for (int w = 0; w < W; w += 4) {
+                    const uint4 x = *(const uint4*)(own + w), y = *(const uint4*)(own + D + w);
+                    a[w] = x.x, a[w + 1] = x.y, a[w + 2] = x.z, a[w + 3] = x.w;
+                    c[w] = y.x, c[w + 1] = y.y, c[w + 2] = y.z, c[w + 3] = y.w;
                 }
-                const bool second = PAIRED ? t >= 2 : j == 1;
+            int lo[PLANES][4], hi[PLANES][4];
 #pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    if (!(e ? real1 : real0)) continue;
-                    float width = e ? width1 : width0;
-                    float position = (second ? lo[2 + e] : lo[e]) * (0x1p24f * k) + (second ? hi[2 + e] : hi[e]) * (0x1p20f * k);
-                    position = position + (e ? offset1 : offset0) + width;
+            for (int n = 0; n < PLANES; ++n)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) { lo[n][j] = WHOLE_BITS - zero[n][j]; hi[n][j] = 0; }
+#pragma unroll
+            for (int w = 0; w < W; w += 2)
+#pragma unroll
+                for (int n = 0; n < PLANES; ++n) {
+                    product(lo[n], a[w] & 0x0f0f0f0fu, c[w] & 0x0f0f0f0fu, a[w + 1] & 0x0f0f0f0fu, c[w + 1] & 0x0f0f0f0fu, p[n][0][w], p[n][0][w + 1]);
+                    product(hi[n], a[w] & 0xf0f0f0f0u, c[w] & 0xf0f0f0f0u, a[w + 1] & 0xf0f0f0f0u, c[w + 1] & 0xf0f0f0f0u, p[n][1][w], p[n][1][w + 1]);
+                }
+            {   // what was in the queue has been read: ask for the tile AHEAD of this one
+                const int to = i + AHEAD;
+                if (to < TILES) fetch_tile(b, to, i % AHEAD);
+                else if (more) fetch_tile(next, to - TILES, i % AHEAD);
+                commit();
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int in_block = i * 16 + r + 8 * j;
+                const u8* const radii = frame + 3 * D + in_block * S;
+                const u32 packed = S == 1 ? *radii : S == 2 ? *(const u16*)radii : *(const u32*)radii;
+                bool decided = (u32)(in_block - first) >= (u32)span;
+                float code_of[S];
+#pragma unroll
+                for (int m = 0; m < S; ++m) {
+                    const u32 code = (packed >> (8 * m)) & 255;
+                    decided = decided || code == 255;
+                    code_of[m] = __uint_as_float(__byte_perm(packed, 0x47000000u, 0x7404 | m << 4));
+                }
+#pragma unroll
+                for (int n = 0; n < PLANES; ++n) {
+                    const int mine = 4 * n + t;
+                    const float high = __int_as_float(lo[n][2 * j] + (hi[n][2 * j] >> 4)) - WHOLE;
+                    const float fine = __int_as_float(lo[n][2 * j + 1] + (hi[n][2 * j + 1] >> 4)) - WHOLE;
+                    float width = base_width[n];
+#pragma unroll
+                    for (int m = 0; m < S; ++m) width = fmaf(code_of[m], factor[n][m], width);
+                    float position = fmaf(high, 256.0f * step[n], fmaf(fine, step[n], offset[n])) + width;
                     position = fminf(fmaxf(position, 0.0f), 65535.0f);  // the offset holds the step that rounding down may cost
-                    int code = decided ? ALWAYS : __float2int_rn(position);
-                    staged[warp][mine + e][in_block] = (u16)(code - 32768);
-                    if (code < ALWAYS) {
-                        float lower = position - 2.0f * width - 2.0f * (e ? slack1 : slack0) - 3.0f;
-                        int floor_here = e ? floor1 : floor0;
-                        if (DROP) {
-                            int bin = ((int)lower - floor_here) / BIN_CODES;
-                            if (lower >= (float)floor_here) atomicAdd(&bins[mine + e][min(bin, BINS - 1)], 1);
-                        } else {
-                            if (code >= floor_here) atomicAdd(&bins[mine + e][min((code - floor_here) / BIN_CODES, BINS - 1)], 1);
-                            else below[e] += exp2_fast(code * (LOG2E / STEPS) - BELOW * LOG2E);
-                            if (lower >= (float)floor_here) kept[e] += exp2_fast(lower * (LOG2E / STEPS) - BELOW * LOG2E);
-                        }
+                    const float rounded = position + WHOLE;
+                    const bool counts = mine < G && !decided && position < 65534.5f;
+                    if (mine < G) s.staged[warp][mine][in_block] = decided ? ALWAYS - SIGNED : (u16)(__float_as_int(rounded) - SIGNED);
+                    // From half a bin above the floor: rounded to the nearest, it is the bin or the one below.
+                    const float lower = position - fmaf(2.0f, width, drop[n]);
+                    if (DROP) {
+                        const int bin = __float_as_int(fmaf(lower, 1.0f / BIN_CODES, WHOLE)) - WHOLE_BITS;
+                        if (counts && lower >= -0.5f * BIN_CODES) atomicAdd(&s.bins[mine][min(bin, BINS - 1)], 1);
+                    } else {
+                        const int over = __float_as_int(rounded) - WHOLE_BITS - whole_floors[n];
+                        const float weight_up = exp2_fast((rounded - WHOLE) * (LOG2E / STEPS) - BELOW * LOG2E);
+                        const float weight_down = exp2_fast((lower + (floors[n] + 0.5f * BIN_CODES)) * (LOG2E / STEPS) - BELOW * LOG2E);
+                        below[n] += counts && over < 0 ? weight_up : 0.0f;
+                        kept[n] += counts && lower >= -0.5f * BIN_CODES ? weight_down : 0.0f;
+                        if (counts && over >= 0) atomicAdd(&s.bins[mine][min((int)((u32)over / BIN_CODES), BINS - 1)], 1);
                     }
                 }
             }
         }
         __syncwarp();
         uint4* to = (uint4*)(upper + block * G * L);
-        const uint4* from = (const uint4*)&staged[warp][0][0];
 #pragma unroll
-        for (int i = lane; i < G * L / 8; i += 32) to[i] = from[i];
-        __syncwarp();
+        for (int i = lane; i < G * L / 8; i += 32) to[i] = *(const uint4*)&s.staged[warp][i / (L / 8)][(i % (L / 8)) * 8];
     }
+    arrived<0>();
 
     if (!DROP) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            for (int m = PAIRED ? 2 : 4; m < 32; m *= 2) {
-                below[e] += __shfl_xor_sync(FULL, below[e], m);
-                kept[e] += __shfl_xor_sync(FULL, kept[e], m);
+        for (int n = 0; n < PLANES; ++n) {
+            for (int m = 4; m < 32; m *= 2) {
+                below[n] += __shfl_xor_sync(FULL, below[n], m);
+                kept[n] += __shfl_xor_sync(FULL, kept[n], m);
             }
-            if (lane < (PAIRED ? 2 : 4) && mine + e < G) {
-                if (below[e] > 0.0f) atomicAdd(&masses[(pid * G + mine + e) * 2], below[e]);
-                if (kept[e] > 0.0f) atomicAdd(&masses[(pid * G + mine + e) * 2 + 1], kept[e]);
+            if (lane < 4 && 4 * n + t < G) {
+                if (below[n] > 0.0f) atomicAdd(&masses[(pid * G + 4 * n + t) * 2], below[n]);
+                if (kept[n] > 0.0f) atomicAdd(&masses[(pid * G + 4 * n + t) * 2 + 1], kept[n]);
             }
         }
     }
+    let_next_start();
     __syncthreads();
-    for (int i = threadIdx.x; i < G * BINS; i += WARPS * 32) {
-        int n = bins[i / BINS][i % BINS];
-        if (n) atomicAdd(&hist[(pid * G + i / BINS) * BINS + i % BINS], n);
+    for (int i = threadIdx.x; i < G * BINS; i += THREADS) {
+        const int n = s.bins[i / BINS][i % BINS];
+        if (n) atomicAdd(&hist[pid * G * BINS + i], n);
     }
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&finished[pid], 1) == (int)gridDim.y - 1;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        s.last = atomicAdd(&finished[pid], 1) == (int)gridDim.y - 1;
+        __threadfence();
+    }
     __syncthreads();
-    if (!last) return;
-    __threadfence();
+    if (!s.last) return;
 
     // The cuts: a warp per query head reads its rule off the histogram, PER bins a lane.
-    for (int i = threadIdx.x; i < G * BINS; i += WARPS * 32) bins[i / BINS][i % BINS] = __ldcg(hist + pid * G * BINS + i);
+    const int4* const counted = (const int4*)(hist + pid * G * BINS);
+    constexpr int PIECES = G * BINS / 4;
+    int4 some[(PIECES + THREADS - 1) / THREADS];
+#pragma unroll
+    for (int j = 0; j < (PIECES + THREADS - 1) / THREADS; ++j) {
+        const int i = threadIdx.x + j * THREADS;
+        if (i < PIECES) some[j] = __ldcg(counted + i);
+    }
+#pragma unroll
+    for (int j = 0; j < (PIECES + THREADS - 1) / THREADS; ++j) {
+        const int i = threadIdx.x + j * THREADS, bin = 4 * i % BINS;
+        if (i >= PIECES) break;
+        int* to = s.bins[4 * i / BINS] + bin + bin / 32;
+        to[0] = some[j].x, to[1] = some[j].y, to[2] = some[j].z, to[3] = some[j].w;
+    }
     __syncthreads();
     for (int g = warp; g < G; g += WARPS) {
         const int id = pid * G + g;
-        const int* mine_bins = bins[g];
-        const int base_code = floor_code[id];
-        const float origin = low[id];
-        i64 need64 = ((i64)length * share - tolerance + ((1ll << 40) - 1)) >> 40;
-        const int need = need64 > count ? (int)need64 : count;
-        int own = 0, top = -1;
-        float mass = 0.0f;
-#pragma unroll 4
-        for (int i = 0; i < PER; ++i) {
-            const int bin = lane * PER + i, n = mine_bins[bin];
-            own += n;
-            if (n) top = bin;
-            if (!DROP) mass += n * exp2_fast((base_code + (bin + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
-        }
-        // The top bin also holds what lies above it, so its mass bound is that of the grid's end.
-        if (!DROP && lane == 31) {
-            int n = mine_bins[BINS - 1];
-            if (n) mass += n * exp2_fast(ALWAYS * (LOG2E / STEPS) - BELOW * LOG2E);
-        }
-        int from = own;  // keys in this lane's bins and above
-        for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, from, m); if (lane + m < 32) from += x; }
-        for (int m = 16; m; m /= 2) top = max(top, __shfl_xor_sync(FULL, top, m));
-        u32 enough = __ballot_sync(FULL, from >= need);
-        int cut = 0;
-        if (enough) {
-            int at = 31 - __clz(enough);
-            int rest = need - (__shfl_sync(FULL, from, at) - __shfl_sync(FULL, own, at));  // wanted of this lane's bins
-            int n = lane < PER ? mine_bins[at * PER + lane] : 0;
-            for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, n, m); if (lane + m < 32) n += x; }
-            cut = base_code + (at * PER + 31 - __clz(__ballot_sync(FULL, lane < PER && n >= rest))) * BIN_CODES;
-        }
-        float bound = (origin + cut / STEPS) / scale;
-        int unread = cut;
-        if (DROP) {
-            bound = cut == 0 ? -INFINITE : bound - fabsf(bound) * 0x1p-20f;
-            if (FIXED) {
-                float position = (fixed_tau * scale - origin) * STEPS - (fabsf(fixed_tau * scale) + fabsf(origin)) * (0x1p-21f * STEPS);
-                cut = (int)fminf(fmaxf(floorf(position), 0.0f), 65535.0f);
-                bound = fixed_tau;
-                int best = top < 0 ? 0 : base_code + top * BIN_CODES;
-                if (KEEP_BEST && best < cut) { cut = best; bound = best == 0 ? -INFINITE : (origin + best / STEPS) / scale; bound -= fabsf(bound) * 0x1p-20f; }
-            }
-            unread = cut;
-        } else {
-            bound = cut == 0 ? -INFINITE : bound + fabsf(bound) * 0x1p-20f;
-            const float limit = unread_mass * __ldcg(masses + id * 2 + 1) * 0.998f;
-            float under = __ldcg(masses + id * 2) * 1.001f;  // and of the bins below, before this lane's
-            float before = mass;
-            for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, before, m); if (lane >= m) before += x; }
-            before = under + (before - mass);
-            u32 fine = __ballot_sync(FULL, before <= limit);
-            unread = 0;
-            if (fine) {
-                int at = 31 - __clz(fine);
-                float start = __shfl_sync(FULL, before, at);
-                int n = lane < PER ? mine_bins[at * PER + lane] : 0;
-                float each = n * exp2_fast((base_code + (at * PER + lane + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
-                float sum = each;
-                for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, sum, m); if (lane >= m) sum += x; }
-                u32 ok = __ballot_sync(FULL, lane < PER && (start + sum - each) * 1.001f <= limit);
-                if (ok) unread = base_code + (at * PER + 31 - __clz(ok)) * BIN_CODES;
-            }
-            unread = min(unread, cut);
-        }
-        if (lane == 0) {
-            cuts[id * 2] = cut;
-            cuts[id * 2 + 1] = unread;
-            tau[id] = bound;
-        }
+        const float mass_below = DROP ? 0.0f : __ldcg(masses + id * 2), mass_kept = DROP ? 0.0f : __ldcg(masses + id * 2 + 1);
+        const Rule rule = {share, tolerance, count, fixed_tau, unread_mass};
+        make_cuts(s.bins[g], floor_code[id], low[id], mass_below, mass_kept, length, scale, rule, cuts + id * 2, tau + id);
     }
 }

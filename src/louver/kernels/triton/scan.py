@@ -26,21 +26,17 @@ SAMPLE = 32  # blocks whose centers place the grid
 
 @triton.jit
 def prepare_kernel(
-    q, center, num_blocks, low, floor_code, query, hist, rank_hist, counters, finished, masses, below, num_q_heads, capacity,
+    q, center, num_blocks, low, hist, rank_hist, counters, finished, below, num_q_heads, capacity,
     scale, hist_size, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SAMPLE: tl.constexpr, NUM_COUNTERS: tl.constexpr,
-    RANKED: tl.constexpr, BINS: tl.constexpr, FLOOR: tl.constexpr,
+    RANKED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Place the grid of one query head, and clear what the other kernels count into.
-
-    floor_code: the code of the FLOOR-th share of the sampled centers from the top, under which nobody counts bounds; 0 = count all.
-    """
+    """Place the grid of one query head, and clear what the other kernels count into."""
     pid = tl.program_id(0)
     row = pid // num_q_heads
     blocks = tl.load(num_blocks + row)
     sample = tl.arange(0, SAMPLE)
     d = tl.arange(0, DP)
     x = tl.load(q + pid * D + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(query + pid * D + d, x, mask=d < D)
     taken = tl.minimum(blocks, SAMPLE)
     b = (sample.to(tl.int64) * blocks) // tl.maximum(taken, 1)
     at = ((pid // G).to(tl.int64) * capacity + b) * D
@@ -48,15 +44,6 @@ def prepare_kernel(
     logit = tl.sum(z.to(tl.float32) * x[None, :], 1) * scale
     mean = tl.sum(tl.where(sample < taken, logit, 0.0), 0) / tl.maximum(taken, 1)
     tl.store(low + pid, mean - BELOW)
-    if FLOOR > 0:
-        higher = (sample < taken)[None, :] & (logit[None, :] > logit[:, None])
-        rank = tl.sum(higher.to(tl.int32), 1)
-        enough = (sample < taken) & (rank >= (taken * FLOOR).to(tl.int32))
-        floor = tl.max(tl.where(enough, logit, -float("inf")), 0)
-        code = tl.minimum(tl.maximum((floor - mean + BELOW) * STEPS, 0.0), 60000.0)
-        tl.store(floor_code + pid, tl.where(code == code, code, 0.0).to(tl.int32))
-    else:
-        tl.store(floor_code + pid, 0)
     bins = tl.arange(0, BINS)
     for i in range(0, hist_size, BINS):
         tl.store(hist + pid * hist_size + i + bins, tl.zeros((BINS,), tl.int32), mask=i + bins < hist_size)
@@ -65,8 +52,6 @@ def prepare_kernel(
         tl.store(rank_hist + pid * RANK_BINS + bins, tl.zeros((RANK_BINS,), tl.int32))
     tl.store(finished + pid, 0)
     tl.store(below + pid, 0.0)
-    tl.store(masses + pid * 2, 0.0)
-    tl.store(masses + pid * 2 + 1, 0.0)
     if pid % G == 0:
         each = tl.arange(0, NUM_COUNTERS)
         tl.store(counters + pid // G * NUM_COUNTERS + each, tl.zeros((NUM_COUNTERS,), tl.int32))

@@ -2,20 +2,19 @@
 
     prepare   place the grid, clear the counters                       one program per query head
     scan      stream the sketched keys, leave 16-bit upper bounds      (kv heads, splits)
-    resolve   histograms, then the rule's cuts                         (query heads, chunks)  part of the scan in CUDA
+    resolve   histograms, then the rule's cuts                         (query heads, chunks)
     tiers     list the exact keys, attend the rest through the sketch  (kv heads, splits)     drop: list only
     rank      score the list, find the rank-th best                    (kv heads, splits)     topk and budget only
     exact     attend the list and the open block exactly               (kv heads, splits)
     finish    merge, certificate                                       one program per query head
+
+In CUDA scan and resolve are one launch (scan.cu).
 
 A list that overflows its room makes its KV head dense, in ``exact``, on the device. Below ``crossover`` tokens the step is dense.
 """
 
 # pyright: reportCallIssue=false
 # Constexprs and launch options are no parameters to a type checker.
-
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,11 +27,12 @@ from louver.kernels import crossover as dispatch
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
 from louver.kernels.triton import native, runtime
-from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
+from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
 from louver.kernels.triton.finish import finish_kernel
 from louver.kernels.triton.launch import cache_arguments, num_splits, scales_on
+from louver.kernels.triton.plan import Plan, workspace
 from louver.kernels.triton.resolve import resolve_kernel
 from louver.kernels.triton.scan import SAMPLE, prepare_kernel, scan_kernel
 from louver.kernels.triton.tiers import list_kernel, tiers_kernel
@@ -46,99 +46,6 @@ crossover = {"drop": 28672, "keep": 28672}
 CROSSOVER_WIDTH = 8 * 128
 SHARE_BITS = 40
 TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
-
-
-class Workspace(NamedTuple):
-    """Buffers of a step, allocated once per shape and shared by the layers of a model: nothing lives on between steps."""
-
-    low: Tensor  # per query head: where its grid begins, nats
-    floor: Tensor
-    query: Tensor
-    masses: Tensor
-    hist: Tensor
-    rank_hist: Tensor
-    counters: Tensor
-    finished: Tensor
-    cuts: Tensor
-    tau: Tensor
-    below: Tensor
-    upper: Tensor  # per key and query head: its code
-    reach: Tensor
-    listed: Tensor
-    list_scores: Tensor
-    list_slacks: Tensor
-    exact_out: Tensor
-    exact_sums: Tensor
-    tier_out: Tensor
-    tier_sums: Tensor
-
-
-class Plan(NamedTuple):
-    """What the launches of one step have in common."""
-
-    workspace: Workspace
-    sketch: Sketch
-    rule: CutRule
-    keys: Tensor
-    values: Tensor
-    block_table: Tensor | None
-    place: tuple[Tensor, Tensor, Tensor]  # num_blocks, kv_start, kv_len
-    scales: Tensor
-    scale: float
-    rows: int
-    group: int
-    num_kv_heads: int
-    room: int
-    choice: tuple[int, int, int, float, float]  # share, tolerance, need, tau, unread mass
-    rounding: tuple[float, ...]
-    fixed: bool
-
-
-@lru_cache(maxsize=8)
-def workspace(
-    device: torch.device,
-    rows: int,
-    group: int,
-    dims: int,
-    capacity: int,
-    frame_len: int,
-    slices: int,
-    scans: int,
-    exacts: int,
-) -> Workspace:
-    """Allocate the buffers for rows = batch * num_kv_heads."""
-    heads, room = rows * group, room_for(capacity * frame_len)
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    return Workspace(
-        low=new(heads),
-        floor=new(heads, dtype=torch.int32),
-        query=new(heads, dims),
-        masses=new(heads, 2),
-        hist=new(heads, 2, BINS.value, dtype=torch.int32),
-        rank_hist=new(heads, RANK_BINS.value, dtype=torch.int32),
-        counters=new(rows, COUNTERS, dtype=torch.int32),
-        finished=new(heads, dtype=torch.int32),
-        cuts=new(heads, 2, dtype=torch.int32),
-        tau=new(heads),
-        below=new(heads),
-        upper=new(rows, capacity, group, frame_len, dtype=torch.int16),
-        reach=new(rows, capacity, slices + 2, group),
-        listed=new(rows, room, dtype=torch.int32),
-        list_scores=new(rows, room + 2 * frame_len, group),  # and of the open block
-        list_slacks=new(rows, room + 2 * frame_len, group),
-        exact_out=new(heads, exacts, dims),
-        exact_sums=new(heads, exacts, 8),
-        tier_out=new(heads, scans, dims),
-        tier_sums=new(heads, scans, 8),
-    )
-
-
-def room_for(tokens: int) -> int:
-    """Places in a KV head's list of exact keys; where more are exact, dense attention is faster anyway."""
-    return max(1024, tokens // 3)
 
 
 def serves(q: Tensor, sketch: Sketch, keys: Tensor, values: Tensor) -> bool:
@@ -199,10 +106,11 @@ def step(
     group, rows = num_q_heads // num_kv_heads, batch * num_kv_heads
     capacity, frame_len, slices = sketch.capacity, sketch.config.frame_len, sketch.num_slices
     native_scan = native.serves_scan(q, sketch, group)
-    scans = native.num_tiers(rows, capacity) if native_scan else num_splits(rows, capacity, 8)
+    scans = native.num_ctas(rows, -(-capacity // 8)) if native_scan else num_splits(rows, capacity, 8)
     ranked = rule.drop and rule.tau is None
     native_attend = ranked and native_scan and native.serves_cache(keys, values)
-    exacts = num_splits(rows, -(-longest // 64), 2 if native_attend else 4)
+    most = -(-longest // 64)
+    exacts = native.num_ctas(rows, most) if native_attend else num_splits(rows, most, 4)
     w = workspace(q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
     need = max(1, rule.count)
     plan = Plan(
@@ -226,22 +134,22 @@ def step(
             min(max(rule.tau or 0.0, -1e30), 1e30),
             rule.unread_mass,
         ),
-        rounding=(*rounded_query_slack(head_dim), radius_inflation(head_dim + 8)),
+        rounding=(*rounded_query_slack(head_dim), radius_inflation(head_dim + 16)),
         fixed=rule.drop and rule.tau is not None,
     )
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
     # Where bounds are counted from: low enough that what a rule asks for lies above it (or the head goes dense).
     wanted = max(rule.share, need / max(1, longest))
     floor = 0.0 if plan.fixed or not native_scan or wanted > 0.05 else 0.25 if rule.drop else 0.5
-    bins = native.num_bins(group) if native_scan else 2 * BINS.value
-    prepare_kernel[(batch * num_q_heads,)](
-        x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.finished, w.masses,
-        w.below, num_q_heads, capacity, softmax_scale, bins, G=group, D=head_dim, DP=triton.next_power_of_2(head_dim),
-        SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, FLOOR=floor, num_warps=4,
-    )  # fmt: skip
     if native_scan:
-        native.scan(plan, sinks, recent, keep_best)
+        native.prepare(plan, x, floor, ranked)
+        native.scan(plan, x, sinks, recent, keep_best)
     else:
+        prepare_kernel[(batch * num_q_heads,)](
+            x, sketch.key_center, sketch.num_blocks, w.low, w.hist, w.rank_hist, w.counters, w.finished, w.below,
+            num_q_heads, capacity, softmax_scale, 2 * BINS.value, G=group, D=head_dim, DP=triton.next_power_of_2(head_dim),
+            SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, num_warps=4,
+        )  # fmt: skip
         _scan(plan, x, sinks, recent, keep_best, scans)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
     slack_share = SAFETY * gamma(head_dim + 2, unit)
@@ -252,18 +160,28 @@ def step(
         native.list_keys(plan)
     else:
         native.tiers(plan, scans)
-    _attend(plan, x, ranked, native_attend, exacts, slack_share, mask)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
     chain = longest / min(scans, exacts) + scans + exacts + 256
+    result = _output(out, evidence, counts, None if mask is None else mask.view(torch.bool))
+    if native_attend:
+        native.score(plan, slack_share)
+        native.attend(plan, exacts, slack_share, mask)
+    else:
+        _attend(plan, x, ranked, exacts, slack_share, mask)
+    accumulation = chain * (unit if rule.drop else TENSOR_UNIT)
+    if native_scan:
+        rounding = (accumulation, UNIT_OF[q.dtype])
+        native.finish(plan, (exacts, scans), w.raised if native_attend else w.tau, rounding, (out, evidence, counts))
+        return result
     finish_kernel[(batch * num_q_heads,)](
         w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, sketch.value_mean, w.counters,
-        *plan.place, out, evidence, counts, num_q_heads, num_kv_heads, plan.room, chain * (TENSOR_UNIT if not rule.drop else unit),
+        *plan.place, out, evidence, counts, num_q_heads, num_kv_heads, plan.room, accumulation,
         UNIT_OF[q.dtype], G=group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=frame_len, EXACTS=exacts, TIERS=scans,
         NUM_COUNTERS=COUNTERS, DROP=rule.drop, num_warps=4,
     )  # fmt: skip
-    return _output(out, evidence, counts, None if mask is None else mask.bool())
+    return result
 
 
 def _sizes(plan: Plan) -> tuple[dict, dict, dict]:
@@ -315,9 +233,7 @@ def _sort(plan: Plan, scans: int) -> None:
         )  # fmt: skip
 
 
-def _attend(
-    plan: Plan, x: Tensor, ranked: bool, native_attend: bool, exacts: int, slack_share: float, mask: Tensor | None
-) -> None:
+def _attend(plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float, mask: Tensor | None) -> None:
     """Settle the rank, and attend the list and the open block exactly."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
     heads, frames, _ = _sizes(plan)
@@ -337,9 +253,6 @@ def _attend(
             plan.num_kv_heads, room, scored, plan.scale,
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
-    if native_attend:
-        native.attend(plan, exacts, slack_share, mask)
-        return
     exact_kernel[(plan.rows, exacts)](
         x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask,
         plan.num_kv_heads, room, scored, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,

@@ -1,0 +1,106 @@
+"""What the launches of one step have in common: its buffers, shapes and rule."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
+from louver.protocols import CutRule
+from louver.sketch.layout import Sketch
+
+
+class Workspace(NamedTuple):
+    """Buffers of a step, allocated once per shape and shared by the layers of a model: nothing lives on between steps."""
+
+    low: Tensor  # per query head: where its grid begins, nats
+    floor: Tensor
+    query: Tensor
+    masses: Tensor
+    hist: Tensor
+    rank_hist: Tensor
+    counters: Tensor
+    finished: Tensor
+    cuts: Tensor
+    tau: Tensor
+    raised: Tensor  # tau, once a rank was found
+    below: Tensor
+    upper: Tensor  # per key and query head: its code
+    reach: Tensor
+    listed: Tensor
+    list_scores: Tensor
+    list_slacks: Tensor
+    exact_out: Tensor
+    exact_sums: Tensor
+    tier_out: Tensor
+    tier_sums: Tensor
+
+
+class Plan(NamedTuple):
+    """What the launches of one step have in common."""
+
+    workspace: Workspace
+    sketch: Sketch
+    rule: CutRule
+    keys: Tensor
+    values: Tensor
+    block_table: Tensor | None
+    place: tuple[Tensor, Tensor, Tensor]  # num_blocks, kv_start, kv_len
+    scales: Tensor
+    scale: float
+    rows: int
+    group: int
+    num_kv_heads: int
+    room: int
+    choice: tuple[int, int, int, float, float]  # share, tolerance, need, tau, unread mass
+    rounding: tuple[float, ...]
+    fixed: bool
+
+
+@lru_cache(maxsize=8)
+def workspace(
+    device: torch.device,
+    rows: int,
+    group: int,
+    dims: int,
+    capacity: int,
+    frame_len: int,
+    slices: int,
+    scans: int,
+    exacts: int,
+) -> Workspace:
+    """Allocate the buffers for rows = batch * num_kv_heads."""
+    heads, room = rows * group, room_for(capacity * frame_len)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return Workspace(
+        low=new(heads),
+        floor=new(heads, dtype=torch.int32),
+        query=new(heads, dims),
+        masses=new(heads, 2),
+        hist=new(heads, 2, BINS.value, dtype=torch.int32),
+        rank_hist=new(heads, RANK_BINS.value, dtype=torch.int32),
+        counters=new(rows, COUNTERS, dtype=torch.int32),
+        finished=new(heads, dtype=torch.int32),
+        cuts=new(heads, 2, dtype=torch.int32),
+        tau=new(heads),
+        raised=new(heads),
+        below=new(heads),
+        upper=new(rows, capacity, group, frame_len, dtype=torch.int16),
+        reach=new(rows, capacity, slices + 2, group),
+        listed=new(rows, room, dtype=torch.int32),
+        list_scores=new(rows, room + 2 * frame_len, group),  # and of the open block
+        list_slacks=new(rows, room + 2 * frame_len, group),
+        exact_out=new(heads, exacts, dims),
+        exact_sums=new(heads, exacts, 8),
+        tier_out=new(heads, scans, dims),
+        tier_sums=new(heads, scans, 8),
+    )
+
+
+def room_for(tokens: int) -> int:
+    """Places in a KV head's list of exact keys; where more are exact, dense attention is faster anyway."""
+    return max(1024, tokens // 3)

@@ -1,0 +1,64 @@
+// The start of a step, a CTA per query head: place its grid, and clear what the other kernels count into; the twin of prepare_kernel.
+// floor_code: the code of the floor_share-th share of the sampled centers from the top, under which nobody counts bounds; 0 = count all.
+// Macros: D, G, RANKS, Q (type of the query: 0 float32, 1 float16, 2 bfloat16).
+#define THREADS 128
+#define SAMPLE 32                       // blocks whose centers place the grid
+#define EACH (SAMPLE * 32 / THREADS)    // of them a warp reads
+
+extern "C" __global__ void __launch_bounds__(THREADS) prepare(
+    const void* __restrict__ q, const u16* __restrict__ center, const int* __restrict__ num_blocks, float* __restrict__ low,
+    int* __restrict__ floor_code, float* __restrict__ query, int* __restrict__ hist, int* __restrict__ rank_hist,
+    int* __restrict__ counters, int* __restrict__ finished, float* __restrict__ masses, float* __restrict__ below,
+    int num_kv_heads, int capacity, float scale, float floor_share) {
+    __shared__ float logits[SAMPLE];
+    const int id = blockIdx.x, pid = id / G, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    let_next_start();                   // the scan asks for its first codes meanwhile
+    const int blocks = num_blocks[pid / num_kv_heads], taken = min(blocks, SAMPLE);
+    float2 x[D / 64];
+#pragma unroll
+    for (int h = 0; h < D / 64; ++h) {
+        const i64 at = (i64)id * D + 2 * (lane + 32 * h);
+        x[h] = make_float2(query_at(q, at), query_at(q, at + 1));
+        if (warp == 0) ((float2*)(query + (i64)id * D))[lane + 32 * h] = x[h];
+    }
+    u32 sampled[EACH][D / 64];           // all on their way at once
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        const int i = warp * EACH + j, at = i < taken ? (int)((u32)i * (u32)blocks / (u32)taken) : 0;
+        const u32* z = (const u32*)(center + ((i64)pid * capacity + at) * D) + lane;
+#pragma unroll
+        for (int h = 0; h < D / 64; ++h) sampled[j][h] = z[32 * h];
+    }
+    float dot[EACH];
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+        dot[j] = 0.0f;
+#pragma unroll
+        for (int h = 0; h < D / 64; ++h) dot[j] += x[h].x * low_half(sampled[j][h]) + x[h].y * high_half(sampled[j][h]);
+    }
+    const float sum = sum_apart<EACH, 32>(dot, lane);
+    if (lane % (32 / EACH) == 0) logits[warp * EACH + lane / (32 / EACH)] = sum * scale;
+    int4* counted = (int4*)(hist + id * BINS);
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) counted[i] = make_int4(0, 0, 0, 0);
+    int4* ranks = (int4*)(rank_hist + id * RANK_BINS);
+    if (RANKS)
+        for (int i = threadIdx.x; i < RANK_BINS / 4; i += THREADS) ranks[i] = make_int4(0, 0, 0, 0);
+    if (id % G == 0 && threadIdx.x < COUNTERS) counters[pid * COUNTERS + threadIdx.x] = 0;
+    if (id % G == 0 && threadIdx.x == 0) finished[pid] = 0;
+    if (threadIdx.x < 2) masses[2 * id + threadIdx.x] = 0.0f;
+    if (threadIdx.x == 2) below[id] = 0.0f;
+    __syncthreads();
+    if (warp) return;
+    const float logit = lane < taken ? logits[lane] : 0.0f;
+    const float mean = sum_lanes<32>(logit) / (float)max(taken, 1);
+    int higher = 0;
+#pragma unroll 8
+    for (int i = 0; i < SAMPLE; ++i) higher += i < taken && logits[i] > logit;
+    float floor = lane < taken && higher >= (int)(taken * floor_share) ? logit : -INFINITE;
+    for (int m = 16; m; m /= 2) floor = fmaxf(floor, __shfl_xor_sync(FULL, floor, m));
+    const float place = fminf(fmaxf((floor - mean + BELOW) * STEPS, 0.0f), 60000.0f);
+    if (lane == 0) {
+        low[id] = mean - BELOW;
+        floor_code[id] = floor_share > 0.0f && place == place ? (int)place : 0;
+    }
+}
