@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from louver import LouverAttention
+from louver.experiments.synthetic import heavy_tailed
 from louver.kernels import crossover
 
 pytestmark = pytest.mark.gpu
@@ -12,10 +13,10 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("policy", ["exact:0.01", "budget:0.01"])
 def test_a_short_cache_is_dense_unless_that_is_switched_off(policy):
     layer = LouverAttention(policy)
-    keys, values = torch.randn(2, 1, 2, 3000, 64, device="cuda").half()
-    layer.append(keys, values)
-    q = torch.randn(1, 6, 64, device="cuda").half()
-    layer.observe(q[:, :, None], None, 0.125)
+    data = heavy_tailed(3000, num_q_heads=6, num_kv_heads=2, head_dim=64, dtype=torch.float16, device="cuda")
+    layer.append(data.keys, data.values)
+    q = data.q
+    layer.observe(data.metric_queries, None, 0.125)
     with crossover.switched(True):
         dense = layer.attend(q, 0.125)
     with crossover.switched(False):

@@ -9,6 +9,7 @@ import torch
 from louver import LouverAttention
 from louver.errors import OutOfRoomError
 from louver.experiments.synthetic import heavy_tailed
+from louver.kernels import crossover
 from louver.kernels.triton import runtime
 from louver.kernels.triton.step import serves
 from louver.kv import HostStore
@@ -93,7 +94,7 @@ def test_saved_on_the_card_and_opened_on_a_cpu(tmp_path):
     prompt = torch.randint(2, 128, (1, 700), device="cuda")
 
     def step(cache, model, ids):
-        with torch.no_grad():
+        with torch.no_grad(), crossover.switched(False):  # or the CPU, and it alone, would attend densely
             return model(ids, **cache.kwargs()).logits[:, -1].cpu()
 
     step(cache, model, prompt)
@@ -104,7 +105,8 @@ def test_saved_on_the_card_and_opened_on_a_cpu(tmp_path):
     assert loaded.memory()["gpu"] == 0
     model.cpu()
     there = step(loaded, model, prompt[:, :1].cpu())
-    torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-2)
+    # Cuts fall on bins of their own on each backend, so other keys may be read through the sketch: within what the policy costs.
+    assert (there - here).norm() < 0.1 * here.norm()
 
 
 @pytest.mark.model

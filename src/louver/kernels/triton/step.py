@@ -42,7 +42,7 @@ from louver.sketch.layout import Sketch
 
 # Tokens of 8 KV heads of 128 channels up to which dense is faster (H100); tests set it to 0. A cache of fewer or narrower heads
 # has less to save per token, so it takes as many bytes, and at least as many tokens.
-crossover = {"drop": 28672, "keep": 28672}
+crossover = {"drop": 15360, "keep": 18432}
 CROSSOVER_WIDTH = 8 * 128
 SHARE_BITS = 40
 TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
