@@ -9,7 +9,7 @@ from louver.errors import BackendError
 from louver.index import SketchIndex
 from louver.kernels import available_backends, get_ops, resolve_backend
 from louver.kernels.cpu import native
-from louver.protocols import CutRule
+from louver.protocols import CutRule, Cuts
 from louver.sketch import SketchConfig
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension was not built")
@@ -69,6 +69,22 @@ def test_half_precision_subnormals_are_read_where_float32_ones_are_flushed(isa):
     assert ((bounds.lower.double() <= real) & (real <= bounds.upper.double())).all()
     for result in results:
         assert within_certificate(case, result).all()
+
+
+def test_a_certificate_is_no_smaller_than_the_sum_it_stands_for(isa, monkeypatch):
+    """The reference's bound by separate maxima over the same tiers: a native floor or ceiling that lies makes it less."""
+    nothing = torch.tensor(torch.nan)
+    monkeypatch.setattr("louver.kernels.reference.certificate.joint_maximum", lambda *_: nothing)
+    for seed in range(3):
+        case = build_case(seed, kv_len=400, batch=1)
+        index, place = case.index("cpu"), (case.kv_start, case.kv_len, case.softmax_scale)
+        step = get_ops("cpu").step(
+            case.q, case.keys, case.values, index.sketch, CutRule(drop=False, share=0.02), *place
+        )
+        cuts = Cuts(unread=torch.full_like(step.tau, -torch.inf), fine=step.tau, exact=step.tau)
+        bounds = get_ops("reference").bounds(case.q, case.keys, index.sketch, *place)
+        same = (case.q, case.keys, case.values, index.sketch, bounds, cuts, *place, False)
+        assert (step.certificate >= 0.99 * get_ops("reference").attend_tiers(*same).certificate).all()
 
 
 def test_scores_whose_partial_sums_overflow_decide_nothing(isa):
