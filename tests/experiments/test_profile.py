@@ -6,8 +6,10 @@ import torch
 from experiments.captures import tiny_capture
 from experiments.words import Words
 from integrations import tiny_models
+from louver.cli.profile import timing
 from louver.experiments.charts import profile_png
 from louver.experiments.profile import Config, _keys_needed, cheapest, recommend, run
+from louver.experiments.step_time import KernelTimes, _fitted
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,43 @@ def test_prediction_stands_beside_a_decode(profile):
         assert row["prediction_error"] == pytest.approx(row["bytes_fraction"] / row["bytes_fraction_measured"] - 1)
         assert abs(row["prediction_error"]) < 0.1
     assert all("bytes_fraction_measured" not in row for row in profile.rows if row is not shown)
+
+
+def test_a_steps_time_is_predicted_and_measured(profile):
+    """Within a factor of four either way: tests share their cores, and this model's steps are mostly calls."""
+    here, dense, *further = profile.rows_by_length
+    for row in (here, dense):
+        assert 1 / 4 < row["step_ms"] / row["step_ms_measured"] < 4
+        assert row["step_ms_error"] == pytest.approx(row["step_ms"] / row["step_ms_measured"] - 1)
+    assert all("step_ms_measured" not in row for row in further)
+    lengths = [(row["kv_len"], row["policy"]) for row in profile.rows_by_length]
+    assert lengths == [(n, policy) for n in (352, 1408, 5632) for policy in ("exact:0.01", "dense")]
+    shown = next(row for row in profile.rows if row["policy"] == "exact:0.01")
+    assert shown["step_ms_dense_measured"] == dense["step_ms_measured"]
+    assert shown["speedup_vs_dense"] == pytest.approx(dense["step_ms"] / here["step_ms"])
+    assert "not attention" in timing(profile)
+
+
+def test_predictions_by_hand():
+    times = KernelTimes(
+        dense_call_us=10.0,
+        dense_token_us=0.5,
+        sketch_call_us=60.0,
+        sketch_key_us=0.1,
+        exact_key_us=10.0,
+        dense_up_to=100,
+    )
+    assert times.dense_us(1000) == 510 and times.sketch_us(1000, 0.01) == pytest.approx(260)
+    assert times.step_us(100, 0.01) == 60 and times.step_us(1000, 0.01) == pytest.approx(260)
+    assert times.crossover_tokens(0.01) == round(50 / 0.3) and times.crossover_tokens(0.05) is None
+
+
+def test_terms_are_recovered_from_times_and_never_negative():
+    terms = [(1.0, n, n * share) for n in (500, 1000, 2000) for share in (0.01, 0.05)]
+    rows = [{"latency_us": 40 + 0.1 * n + 3 * exact} for _, n, exact in terms]
+    assert _fitted(terms, rows) == pytest.approx([40, 0.1, 3])
+    falling = [{"latency_us": 100 - 0.01 * n} for _, n, _ in terms]
+    assert min(_fitted(terms, falling)) == 0
 
 
 def test_heads_and_layers_have_settings_of_their_own(profile):

@@ -13,10 +13,10 @@ from experiments.words import Words
 from integrations import tiny_models
 from louver.cli import app
 from louver.errors import InputFileError
-from louver.experiments import coverage, precision, pruning
+from louver.experiments import coverage, precision, profile, pruning
 from louver.experiments.catalog import experiments
-from louver.experiments.report import build
-from louver.experiments.rows import read_rows, write_rows
+from louver.experiments.report import PROFILE, build, build_one
+from louver.experiments.rows import machine, read_rows, write_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -112,4 +112,51 @@ def test_in_a_browser(page_file, tmp_path, scheme):
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         browser.close()
     assert (tmp_path / "page.png").stat().st_size > 20_000
+    assert not said
+
+
+@pytest.fixture(scope="module")
+def profile_page(tmp_path_factory):
+    """The page that `louver profile` writes for a tiny model."""
+    path = tmp_path_factory.mktemp("profile")
+    text = path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 8)
+    config = profile.Config(prompt_file=text, num_queries=64, policies=("exact:0.01", "exact:0.03"))
+    found = profile.run(config, loaded=(tiny_models.llama(), Words()))
+    document = {"machine": machine(0), **vars(found)}
+    (path / "profile.html").write_text(build_one(PROFILE, "profile.json", document))
+    return path / "profile.html", found
+
+
+def test_the_profiles_page_shows_its_rows(profile_page):
+    page, found = profile_page[0].read_text(), profile_page[1]
+    for line in PROFILE.cells(found.rows):
+        assert all(f">{html.escape(cell)}</td>" in page for cell in line)
+    assert "The paper." not in page and not re.search(r"""(src|href)=["'](?!#|data:)""", page)
+    assert f"error {found.rows_by_length[0]['step_ms_error']:+.0%}" in page
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_profile_in_a_browser(profile_page, scheme):
+    from playwright.sync_api import sync_playwright
+
+    said = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url) if request.url.startswith("http") else None)
+        page.goto(profile_page[0].as_uri())
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(20, 24, 29)") == (scheme == "dark")
+        assert page.locator(".chart svg").count() == page.locator(".chart").count() == 4
+        page.locator(".point").first.hover()
+        assert "step_ms" in page.locator("#tip").inner_text()
+        page.locator("#theme").click()
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.close()
     assert not said

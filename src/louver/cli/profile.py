@@ -11,7 +11,8 @@ from rich.text import Text
 from louver.cli.console import Stages, console, errors, reports_errors
 from louver.experiments.charts import can_draw, facts, profile_png
 from louver.experiments.profile import Config, Profile, run
-from louver.experiments.rows import write_bytes, write_rows
+from louver.experiments.report import PROFILE, build_one
+from louver.experiments.rows import machine, write_bytes, write_rows, write_text
 
 
 @reports_errors
@@ -23,25 +24,23 @@ def profile(
     backend: Annotated[str, typer.Option(help="Which kernels; auto is the fastest here.")] = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     plot: Annotated[Path, typer.Option(help="The picture to write.")] = Path("louver-profile.png"),
+    page: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("louver-profile.html"),
 ) -> None:
     """Look at every layer and head of a model reading a text, and say what Louver would read and miss."""
     config = Config(model=model, prompt_file=prompt_file, max_tokens=tokens, wanted_error=wanted_error, backend=backend)
     with Stages() as stages:
         found = run(config, stages, say=lambda line: errors.print(line, style="dim"))
+    more = {name: value for name, value in vars(found).items() if name != "rows"}
     if json is not None:
-        write_rows(
-            json,
-            found.rows,
-            seed=0,
-            rows_per_layer=found.rows_per_layer,
-            rows_per_head=found.rows_per_head,
-            recommendation=found.recommendation,
-        )
+        write_rows(json, found.rows, seed=0, **more)
     console.print(report(found, config.shown))
     if can_draw():
         shown = next(row for row in found.rows if row["policy"] == config.shown)
         write_bytes(plot, profile_png(shown, found.rows_per_layer, found.rows_per_head))
         console.print(f"\nWrote {plot}", style="dim")
+    document = {"machine": machine(0), "rows": found.rows, **more}
+    write_text(page, build_one(PROFILE, json.name if json else "no file (see --json)", document))
+    console.print(f"Wrote {page}", style="dim")
 
 
 def report(found: Profile, shown: str) -> Group:
@@ -88,5 +87,28 @@ def report(found: Profile, shown: str) -> Group:
             f"prediction of {seen['bytes_fraction']:.3f} is off by {seen['prediction_error']:+.1%}."
         )
     return Group(
-        layers, policies, Text(check), Text.assemble("\nUse ", (advice["policy"], "bold"), f": {advice['why']}.")
+        layers,
+        policies,
+        Text(check),
+        Text(timing(found)),
+        Text.assemble("\nUse ", (advice["policy"], "bold"), f": {advice['why']}."),
     )
+
+
+def timing(found: Profile) -> str:
+    """The time of a step on this device, predicted and measured, and from which length on the sketch is faster."""
+    if not found.rows_by_length:
+        return ""
+    (here, dense, *further), figures = found.rows_by_length, found.kernel_times
+    crossover = figures["crossover_tokens"]
+    where = f"from {crossover:,} tokens on" if crossover is not None else "at no length"
+    lines = [
+        f"\nA step here: {here['step_ms']:.1f} ms predicted from kernel figures, {here['step_ms_measured']:.1f} measured "
+        f"({here['step_ms_error']:+.0%}); dense {dense['step_ms']:.1f}, {dense['step_ms_measured']:.1f} measured "
+        f"({dense['step_ms_error']:+.0%}). {figures['beside_attention_ms']:.1f} ms are not attention. The sketch pays {where}."
+    ]
+    for row in further[::2]:
+        lines.append(
+            f"At {row['kv_len']:,} tokens: {row['step_ms']:.1f} ms, {row['speedup_vs_dense']:.2f} times as fast as dense, predicted."
+        )
+    return "\n".join(lines)

@@ -58,7 +58,7 @@ class Experiment:
 
     name: str
     summary: str  # one line, for --help and the report
-    claim: str  # what the paper says
+    claim: str  # what the paper says; empty where it says nothing
     config: type  # a frozen keyword-only dataclass; its fields made with ``option`` are options
     run: Callable[..., Outcome]  # run(config, on_progress), with a ``journal`` as well if it ``resumes``
     columns: tuple[Column, ...]

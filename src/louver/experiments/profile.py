@@ -3,7 +3,8 @@
 Predicted from queries of the text itself: how many keys hold 90 and 99% of a head's attention, what each candidate policy reads
 and how far off its output is. The bytes are then measured: the end of the text is decoded through a LouverCache, whose own
 counts stand beside the prediction. Speed-ups are predicted from bytes, of attention and of a whole decode step whose time goes
-into reading 16-bit weights and cache: what a machine limited by memory would show, not a measurement of time.
+into reading 16-bit weights and cache: what a machine limited by memory would show. The time of a step on this device is predicted from
+its kernels' figures (step_time.py) at the profiled length and beyond, and measured, beside dense attention, where the decode went.
 """
 
 from collections.abc import Callable
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from louver.experiments import capture as captures
 from louver.experiments.capture import Capture, Layer
-from louver.experiments.decoded_bytes import decoded_bytes
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.precision import Figures, measure_layer
 from louver.experiments.pruning import ask
+from louver.experiments.step_time import KernelTimes, beside_attention_ms, decoded_in_turn, kernel_times
 from louver.experiments.truth import sketch_of
 from louver.kernels import resolve_backend
 from louver.policies import parse
 
 SHARES = (0.9, 0.99)  # of the mass
+FURTHER = (1, 4, 16)  # times the profiled length: where a step's time is predicted
 WORTHWHILE_SPEEDUP = 1.05  # of a whole step; below it the simpler thing is better
 
 
@@ -50,6 +52,10 @@ class Profile:
     rows: list[dict[str, Any]]
     rows_per_layer: list[dict[str, Any]]
     rows_per_head: list[dict[str, Any]]
+    rows_by_length: list[
+        dict[str, Any]
+    ]  # predicted time of a step, the policy's and a dense one, at the profiled length and beyond; or none
+    kernel_times: dict[str, Any]  # this device's figures behind them
     recommendation: dict[str, Any]
 
 
@@ -110,14 +116,74 @@ def run(
             "index_memory_fraction": memory,
         }
         rows.append(row)
+    by_length: list[dict[str, Any]] = []
+    device: dict[str, Any] = {}
     if config.num_steps:
         ids = captures.text_tokens(tokenizer, wanted)
-        total, layers = decoded_bytes(model, ids, shown, config.num_steps, backend, on_progress)
+        total, layers, measured_ms = decoded_in_turn(model, ids, shown, config.num_steps, backend, on_progress)
         measured = {one.layer_idx: one.bytes_fraction for one in layers}
-        _compare(next(row for row in rows if row["policy"] == shown), total.bytes_fraction)
+        shown_row = next(row for row in rows if row["policy"] == shown)
+        _compare(shown_row, total.bytes_fraction)
         for row in per_layer:
             _compare(row, measured[row["layer"]])
-    return Profile(rows=rows, rows_per_layer=per_layer, rows_per_head=per_head, recommendation=recommend(rows, config))
+        if model.device.type == "cpu":
+            on_progress("Timing this device's kernels", 0, 1)
+            times = kernel_times(_shape(seen), ids.shape[1], backend)
+            rest = beside_attention_ms(model, ids, times, backend)
+            device = vars(times) | {"beside_attention_ms": rest, "crossover_tokens": _crossover(times, per_layer)}
+            head = {"data": shown_row["data"], "backend": backend}
+            for further in FURTHER:
+                ours, dense = _predicted(times, rest, per_layer, ids.shape[1] * further)
+                by_length += [head | {"policy": shown, "guarantee": "certified"} | ours]
+                by_length += [head | {"policy": "dense", "guarantee": "exact"} | dense]
+            _beside(by_length[0], measured_ms["policy"])
+            _beside(by_length[1], measured_ms["dense"])
+            shown_row |= _timed(*by_length[:2])
+            on_progress("Timing this device's kernels", 1, 1)
+    return Profile(
+        rows=rows,
+        rows_per_layer=per_layer,
+        rows_per_head=per_head,
+        rows_by_length=by_length,
+        kernel_times=device,
+        recommendation=recommend(rows, config),
+    )
+
+
+def _shape(seen: Capture) -> tuple[int, int, int]:
+    layer = next(iter(seen.layers.values()))
+    return layer.queries.shape[0], layer.keys.shape[0], layer.keys.shape[2]
+
+
+def _crossover(times: KernelTimes, per_layer: list[dict[str, Any]]) -> int | None:
+    """Tokens from which a layer of the mean share of exact keys is faster through the sketch, and not dispatched to dense."""
+    found = times.crossover_tokens(_mean([row["exact_fraction"] for row in per_layer]))
+    return None if found is None else max(found, times.dense_up_to)
+
+
+def _predicted(
+    times: KernelTimes, rest: float, per_layer: list[dict[str, Any]], kv_len: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step at kv_len tokens and a dense one, if the layers' shares of exact keys stay as they are."""
+    ours = rest + sum(times.step_us(kv_len, row["exact_fraction"]) for row in per_layer) / 1e3
+    dense = rest + len(per_layer) * times.dense_us(kv_len) / 1e3
+    return (
+        {"kv_len": kv_len, "step_ms": ours, "speedup_vs_dense": dense / ours},
+        {"kv_len": kv_len, "step_ms": dense, "speedup_vs_dense": 1.0},
+    )
+
+
+def _beside(row: dict[str, Any], measured_ms: float) -> None:
+    """The decode's own time beside what was predicted of it; the error is relative to the measurement."""
+    row |= {"step_ms_measured": measured_ms, "step_ms_error": row["step_ms"] / measured_ms - 1}
+
+
+def _timed(ours: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """Both steps' times as fields of the policy's row."""
+    names = ("step_ms", "step_ms_measured", "step_ms_error")
+    fields = {name: ours[name] for name in names} | {name.replace("ms", "ms_dense", 1): dense[name] for name in names}
+    measured = dense["step_ms_measured"] / ours["step_ms_measured"]
+    return fields | {"speedup_vs_dense": ours["speedup_vs_dense"], "speedup_vs_dense_measured": measured}
 
 
 def recommend(rows: list[dict[str, Any]], config: Config) -> dict[str, Any]:

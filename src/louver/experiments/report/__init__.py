@@ -1,5 +1,6 @@
-"""One page from a folder of result rows: self-contained HTML that needs no network."""
+"""Self-contained HTML that needs no network: the report of a folder of result rows, and the profile of a model."""
 
-from louver.experiments.report.build import build
+from louver.experiments.report.build import build, build_one
+from louver.experiments.report.profile import PROFILE
 
-__all__ = ["build"]
+__all__ = ["PROFILE", "build", "build_one"]

@@ -37,13 +37,28 @@ def build(folder: Path) -> str:
         )
     recording = next((d["recording"] for _, files in found for _, d in files if "recording" in d), None)
     charts: list[dict[str, Any]] = []
+    rows = "".join(_summary(described, files) for described, files in found)
+    sections = _asset("summary.html").replace("<!--ROWS-->", rows)
+    sections += "".join(_section(described, files, charts) for described, files in found)
+    contents = "".join(f'<a href="#{d.name}">{html.escape(d.name)}</a>' for d, _ in found)
+    return _page("Louver, measured", f"{_asset('intro.html')}<nav>{contents}</nav>", sections, charts, recording)
+
+
+def build_one(described: Experiment, name: str, document: Document) -> str:
+    """A page with one section: the rows of one file, of something that need not be in the catalog."""
+    charts: list[dict[str, Any]] = []
+    section = _section(described, [(name, document)], charts)
+    return _page(f"Louver: {described.name}", "", section, charts, None)
+
+
+def _page(title: str, intro: str, sections: str, charts: list[dict[str, Any]], recording: Any) -> str:
     parts = {
+        "TITLE": html.escape(title),
+        "INTRO": intro,
         "STYLE": _asset("page.css"),
         "SCRIPT": _asset("page.js"),
-        "SUMMARY": "".join(_summary(described, files) for described, files in found),
-        "CONTENTS": "".join(f'<a href="#{d.name}">{html.escape(d.name)}</a>' for d, _ in found),
-        "SECTIONS": "".join(_section(described, files, charts) for described, files in found),
         "PLAYER": _asset("player.html") if recording else "",
+        "SECTIONS": sections,
         "DATA": json.dumps({"charts": charts, "recording": recording}).replace("</", "<\\/"),
     }
     page = _asset("page.html")
@@ -76,8 +91,9 @@ def _section(described: Experiment, files: list[tuple[str, Document]], charts: l
     parts = [
         f'<section id="{described.name}"><h2>{html.escape(described.name.replace("-", " ").capitalize())}</h2>',
         f"<p>{html.escape(described.summary)}</p>",
-        f'<p class="claim"><b>The paper.</b> {_prose(described.claim)}</p>',
     ]
+    if described.claim:
+        parts.append(f'<p class="claim"><b>The paper.</b> {_prose(described.claim)}</p>')
     for name, document in files:
         parts += [*_run(described, name, document, charts)]
     if described.caveat:
