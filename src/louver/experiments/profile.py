@@ -20,7 +20,7 @@ from louver.experiments.capture import Capture, Layer
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.precision import Figures, measure_layer
 from louver.experiments.pruning import ask
-from louver.experiments.step_time import KernelTimes, beside_attention_ms, decoded_in_turn, kernel_times
+from louver.experiments.step_time import LONGEST, KernelTimes, beside_attention_ms, decoded_in_turn, kernel_times
 from louver.experiments.truth import sketch_of
 from louver.kernels import resolve_backend
 from louver.policies import parse
@@ -158,7 +158,7 @@ def _shape(seen: Capture) -> tuple[int, int, int]:
 def _crossover(times: KernelTimes, per_layer: list[dict[str, Any]]) -> int | None:
     """Tokens from which a layer of the mean share of exact keys is faster through the sketch, and not dispatched to dense."""
     found = times.crossover_tokens(_mean([row["exact_fraction"] for row in per_layer]))
-    return None if found is None else max(found, times.dense_up_to)
+    return None if found is None or times.dense_up_to >= LONGEST else max(found, times.dense_up_to)
 
 
 def _predicted(

@@ -22,7 +22,7 @@ from louver.experiments.demo_timing import in_turn
 from louver.experiments.experiment import Progress, no_progress
 from louver.experiments.rows import Row
 from louver.kernels import crossover
-from louver.kernels.cpu.crossover import BYTES
+from louver.kernels.cpu.crossover import most_tokens
 
 SHARES = ("exact:0.002", "exact:0.01", "exact:0.05")  # far enough apart to tell exact keys from scanned ones
 SHORT_TOKENS = 64
@@ -75,7 +75,6 @@ def kernel_times(shape: tuple[int, int, int], kv_len: int, backend: str, repetit
     call, token = _fitted([(1, row["kv_len"]) for row in dense], dense)
     parts = [(1, row["kv_len"], row["kv_len"] * row["selected_fraction"]) for row in sketch]
     sketch_call, key, exact = _fitted(parts, sketch)
-    per_token = 2 * shape[1] * shape[2] * 4
     dispatched = backend == "cpu" and crossover.enabled
     return KernelTimes(
         dense_call_us=call,
@@ -83,7 +82,7 @@ def kernel_times(shape: tuple[int, int, int], kv_len: int, backend: str, repetit
         sketch_call_us=sketch_call,
         sketch_key_us=key,
         exact_key_us=exact,
-        dense_up_to=BYTES["keep"] // per_token if dispatched else 0,
+        dense_up_to=int(min(most_tokens(shape[2], 4, drops=False), LONGEST)) if dispatched else 0,
     )
 
 
