@@ -1,5 +1,6 @@
 """A decode step of the Triton backend against float64, on a GPU or in Triton's interpreter (run as a program for the latter)."""
 
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -33,6 +34,13 @@ SMALL = [
     Case(policy="exact:0.2", frame_len=128, kv_len=130, page_len=48),
     Case(policy="topk:3", kv_len=40),
     Case(policy="exact:0.02", spread=40.0),
+]
+
+# A policy, and what is not finite in one key or value: of such an output nothing may be claimed.
+UNKNOWN = [
+    (*case, bad)
+    for case in itertools.product(("exact:0.05", "topk:7"), ("keys", "values"))
+    for bad in (torch.inf, torch.nan)
 ]
 
 
@@ -166,6 +174,35 @@ def _check(case: Case, device: str) -> dict[str, float]:
     true_lse = torch.where(valid, scores * scale, -torch.inf).logsumexp(-1)
     torch.testing.assert_close(lse.double(), true_lse, atol=1e-2, rtol=1e-3)
     return {"error": float((error / want.norm(dim=-1)).mean()), "bound": float(bound.median())}
+
+
+def check_unknown(policy: str, where: str, bad: float, device: str) -> None:
+    """Where dense attention is not finite a step must say that it knows nothing: +inf, never NaN."""
+    from louver.kernels import crossover
+    from louver.kernels.triton import encode_block, step
+    from louver.kernels.triton.dense import attend_everything
+    from louver.policies.spec import parse
+    from louver.sketch.layout import empty_sketch
+
+    case = Case(policy=policy)
+    q, keys, values, start, stop, index = build(case, device)
+    {"keys": keys, "values": values}[where][0, 0, 5, 7] = bad
+    assert index.sketch is not None
+    sketch = empty_sketch(index.sketch.config, 2, 2, case.head_dim, torch.device(device), index.sketch.capacity)
+    encode_block(keys, values, sketch, start, stop, None)
+    *_, want, _ = truth(q, keys, values, start, stop)
+    unknown = ~torch.isfinite(want).all(-1)
+    assert unknown.any() and not unknown[1].any()
+    rule = parse(policy).rule()
+    assert rule is not None
+    with crossover.switched(False):
+        result = step(q, keys, values, sketch, rule, start, stop, case.head_dim**-0.5)
+    bounds = {policy: result.certificate + result.arithmetic_bound}
+    evidence = attend_everything(q, keys, values, start, stop, case.head_dim**-0.5, None)[1]
+    bounds["dense"] = evidence[1] + evidence[2]
+    for name, bound in bounds.items():
+        assert not torch.isnan(bound).any(), name
+        assert torch.isinf(bound[unknown]).all(), name
 
 
 def check_radii(keys, values, start, sketch) -> None:

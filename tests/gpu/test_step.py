@@ -49,6 +49,11 @@ def test_step_keeps_its_promises(case):
     print(checks.check(case, "cuda"))
 
 
+@pytest.mark.parametrize("policy, where, bad", checks.UNKNOWN)
+def test_bounds_are_infinite_where_dense_attention_is_not_finite(policy, where, bad):
+    checks.check_unknown(policy, where, bad, "cuda")
+
+
 @pytest.mark.parametrize("policy", ["exact:0.01", "budget:0.01", "fixed:30"])
 def test_triton_scan_keeps_them_too(policy, monkeypatch):
     monkeypatch.setattr("louver.kernels.triton.native.serves_scan", lambda *_: False)

@@ -125,7 +125,7 @@ def _merge_kernel(
     arithmetic += out_unit * norm + tl.sqrt(D * 1.0) * 2.0**-24
     tl.store(evidence + pid, tl.where(total > 0, shift + tl.log(total), -float("inf")))
     tl.store(evidence + rows + pid, 0.0)
-    tl.store(evidence + 2 * rows + pid, arithmetic)
+    tl.store(evidence + 2 * rows + pid, tl.where(arithmetic == arithmetic, arithmetic, float("inf")))
     tl.store(evidence + 3 * rows + pid, 0.0)
     tl.store(evidence + 4 * rows + pid, -float("inf"))
     if pid % G == 0:

@@ -141,9 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(
     } else certificate = (coarse_spread + coarse_surplus * (away + arithmetic)) * 1.001f / floors;
     const int heads = gridDim.x;
     evidence[id] = total > 0.0f ? shift + logf(safe) : -INFINITE;
-    evidence[heads + id] = certificate;
-    evidence[2 * heads + id] = arithmetic;
-    evidence[3 * heads + id] = dropped;
+    // Of an output that is not finite nothing is known; NaN compares with nothing.
+    evidence[heads + id] = certificate == certificate ? certificate : INFINITE;
+    evidence[2 * heads + id] = arithmetic == arithmetic ? arithmetic : INFINITE;
+    evidence[3 * heads + id] = dropped == dropped ? dropped : 1.0f;
     evidence[4 * heads + id] = overflow && !DROP ? -INFINITE : tau[id];
     if (id % G == 0) {
         i64* to = counts + (i64)pid * 7;

@@ -105,9 +105,10 @@ def finish_kernel(
         certificate = (coarse_spread + coarse_surplus * (away + arithmetic)) * 1.001 / floors
     rows = tl.num_programs(0)
     tl.store(evidence + pid, lse)
-    tl.store(evidence + rows + pid, certificate)
-    tl.store(evidence + 2 * rows + pid, arithmetic)
-    tl.store(evidence + 3 * rows + pid, dropped)
+    # Of an output that is not finite nothing is known; NaN compares with nothing.
+    tl.store(evidence + rows + pid, tl.where(certificate == certificate, certificate, float("inf")))
+    tl.store(evidence + 2 * rows + pid, tl.where(arithmetic == arithmetic, arithmetic, float("inf")))
+    tl.store(evidence + 3 * rows + pid, tl.where(dropped == dropped, dropped, 1.0))
     tl.store(evidence + 4 * rows + pid, tl.where(overflow & (not DROP), -float("inf"), tl.load(tau + pid)))
     if pid % G == 0:
         blocks = tl.load(num_blocks + row)
