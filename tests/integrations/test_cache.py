@@ -144,11 +144,12 @@ def test_observer_sees_every_decode_step(model, prompts):
     assert not cache.served_layers[0].attention.record
 
 
+@pytest.mark.parametrize("spec", ["topk:4", "error:0.2"])
 @pytest.mark.parametrize("dispatch", [False, True], ids=["sketch", "dense below the crossover"])
-def test_observer_sees_each_of_several_tokens(model, prompts, dispatch, monkeypatch):
+def test_observer_sees_each_of_several_tokens(model, prompts, dispatch, spec, monkeypatch):
     """Its audit finds every promise kept, against the tokens each of them may see."""
     monkeypatch.setattr(crossover, "enabled", dispatch)
-    cache, audit = attach(model, layer=short_blocks("topk:4")), Audit(drops=True)
+    cache, audit = attach(model, layer=short_blocks(spec)), Audit(drops=spec == "topk:4")
     with torch.no_grad():
         model(**prompts.single, **cache.kwargs())
         cache.observer = audit

@@ -37,5 +37,6 @@ def steps(result: AttendResult, attention: LayerAttention, q_len: int) -> Iterat
         tensors = {name: x[i::q_len] for name, x in parts.items() if isinstance(x, Tensor)}
         if result.exact_mask is not None:
             tensors["exact_mask"] = tensors["exact_mask"][..., : seen.kv_len]
-        stats = replace(result.stats, table=result.stats.table[i::q_len])
+        counted = {name: getattr(result.stats, name) for name in ("table", "index_bytes")}
+        stats = replace(result.stats, **{name: x if x is None else x[i::q_len] for name, x in counted.items()})
         yield AttendResult(**{**parts, **tensors, "stats": stats}), seen
