@@ -27,19 +27,20 @@ def chart_png(chart: Chart, rows: Sequence[Row]) -> bytes:
     series = list(dict.fromkeys(point["series"] for point in points))
     lines = list(dict.fromkeys(point["y"] for point in points)) if chart.dots(points) else []
     with _figure(9.5, 1.6 + 0.26 * len(lines) if lines else 5.4) as (figure, buffer):
-        axes = figure.subplots()
+        axes, labels = figure.subplots(), []
         for number, name in enumerate(series):
             mine, color = [point for point in points if point["series"] == name], _COLORS[number % len(_COLORS)]
+            shape = "o" if number < len(_COLORS) else "s"
             place = [(p["x"], len(lines) - lines.index(p["y"]) if lines else p["y"]) for p in mine]
             if chart.kind == "lines":
                 axes.plot(*zip(*place, strict=True), color=color, lw=1.4)
             for (x, y), point in zip(place, mine, strict=True):
-                axes.plot(x, y, "o", color=color, mfc=color if point["proven"] else "white", ms=5.5)
+                axes.plot(x, y, shape, color=color, mfc=color if point["proven"] else "white", ms=5.5)
                 if chart.interval:
                     axes.vlines(x, point["low"], point["high"], color=color, lw=0.8, alpha=0.6)
                 if point["label"]:
-                    axes.annotate(point["label"], (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
-            axes.plot([], [], "o", color=color, label=name)
+                    labels.append((point["label"].removeprefix(f"{name}:"), x, y))
+            axes.plot([], [], shape, color=color, label=name)
         _scale(axes.xaxis, chart.x_axis)
         if lines:
             axes.set_yticks(range(len(lines), 0, -1), lines, fontsize=8)
@@ -58,8 +59,34 @@ def chart_png(chart: Chart, rows: Sequence[Row]) -> bytes:
             else {}
         )
         _finish(axes, f"{chart.title}   ({facts(shared)})" if facts(shared) else chart.title)
+        _write(axes, labels)
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def _write(axes: Any, labels: Sequence[tuple[str, float, float]]) -> None:
+    """Write a label beside each point, on the first side where it covers no other label and no other point."""
+    figure = axes.figure
+    figure.draw_without_rendering()  # so that limits and layout are what they will be
+    points = [tuple(axes.transData.transform((x, y))) for _, x, y in labels]
+    taken = []
+    for (text, x, y), own in zip(labels, points, strict=True):
+        others = [point for point in points if point != own]
+        for side, xytext in (
+            ("left", (6, 4)),
+            ("left", (6, -10)),
+            ("right", (-6, 4)),
+            ("right", (-6, -10)),
+            ("center", (0, 14)),
+        ):
+            label = axes.annotate(text, (x, y), xytext=xytext, textcoords="offset points", ha=side, fontsize=8)
+            box = label.get_window_extent(figure.canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken) and not any(box.contains(*point) for point in others):
+                taken.append(box)
+                break
+            label.remove()
+        else:  # crowded everywhere: where a reader looks for it
+            axes.annotate(text, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=8)
 
 
 def _scale(axis: Any, described: Axis) -> None:
