@@ -82,6 +82,19 @@ _BOUND = (
     ("guarantee", "guarantee", ""),
 )
 
+_AGREEMENT = (
+    ("policy", "policy", ""),
+    ("prompts", "num_prompts", ""),
+    ("continued alike", "num_equal_prompts", ""),
+    ("steps", "num_steps", ""),
+    ("bytes read", "bytes_fraction", ".3f"),
+    ("same token", "top1_agreement", ".1%"),
+    ("KL, nats", "kl_nats", ".1e"),
+    ("largest", "kl_nats_max", ".1e"),
+    ("outputs checked", "num_checked", ","),
+    ("violated", "num_bound_violations", ""),
+    ("missed", "num_asked_violations", ""),
+)
 TABLES = {
     "perplexity": Table(
         file="tune.json",
@@ -144,22 +157,8 @@ TABLES = {
             "policy": ("dense", "exact:0.01", "streaming:0.35", "h2o:0.35", "snapkv:0.35"),
         },
     ),
-    "agreement": Table(
-        file="agreement.json",
-        columns=(
-            ("policy", "policy", ""),
-            ("prompts", "num_prompts", ""),
-            ("continued alike", "num_equal_prompts", ""),
-            ("steps", "num_steps", ""),
-            ("bytes read", "bytes_fraction", ".3f"),
-            ("same token", "top1_agreement", ".1%"),
-            ("KL, nats", "kl_nats", ".1e"),
-            ("largest", "kl_nats_max", ".1e"),
-            ("outputs checked", "num_checked", ","),
-            ("violated", "num_bound_violations", ""),
-            ("missed", "num_asked_violations", ""),
-        ),
-    ),
+    "agreement": Table(file="agreement.json", columns=_AGREEMENT),
+    "agreement-gpu": Table(file="agreement_gpu.json", columns=_AGREEMENT),
     "perplexity-methods": Table(
         file="perplexity.json",
         columns=(
