@@ -18,7 +18,6 @@ from torch import Tensor
 from louver.experiments import bench
 from louver.experiments.decoding import prefill
 from louver.experiments.demo import with_policy
-from louver.experiments.demo_timing import in_turn
 from louver.experiments.experiment import Progress, no_progress
 from louver.experiments.rows import Row
 from louver.kernels import crossover
@@ -109,6 +108,7 @@ def _fitted(terms: Sequence[Sequence[float | int]], rows: Sequence[Row]) -> list
 
 def beside_attention_ms(model: Any, ids: Tensor, times: KernelTimes, backend: str) -> float:
     """What a decode step takes beside attention: a step after SHORT_TOKENS tokens of ids [1, kv_len], less its attention."""
+    from louver.experiments.demo_timing import in_turn
     from louver.integrations.transformers import attach
 
     cache = attach(model, policy="dense", backend=backend)
@@ -134,6 +134,8 @@ def decoded_in_turn(
 
     cache = attach(model, policy=policy, backend=backend)
     first = ids.shape[1] - num_steps
+    from louver.experiments.demo_timing import in_turn
+
     done = 0
 
     def advance(num_tokens: int) -> None:
