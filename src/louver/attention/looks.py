@@ -32,7 +32,7 @@ def attend_in_looks(
     keep_best: bool,
     record: bool,
 ) -> TierOutput:
-    """One decode step. A dropped mass that was asked for is met in any case: a head that could not is attended exactly.
+    """One decode step. A dropped mass that was asked for is met in any case: a head that could not is attended exactly, with its group.
 
     So is a KV head whose mass would cost at least what dense attention reads (attention/dearer.py).
     """
@@ -58,7 +58,11 @@ def attend_in_looks(
         cuts = dense_where_dearer(cuts, bounds, sketch, policy.drops)
     step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
     if asked is not None and bool((failed := ~(step.dropped_mass_bound <= asked)).any()):
-        cuts = everything_where(failed, cuts)
+        group = failed.shape[1] // bounds.undecided.shape[1]
+        shared = (
+            failed.unflatten(1, (-1, group)).any(2).repeat_interleave(group, 1)
+        )  # all of it is read: let all heads have it
+        cuts = everything_where(shared, cuts)
         step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
     if policy.sample is not None:
         step = replace(step, counts=_with_sample(step.counts, policy.sample.size))
