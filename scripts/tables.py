@@ -96,6 +96,17 @@ _AGREEMENT = (
     ("missed", "num_asked_violations", ""),
 )
 TABLES = {
+    "cpu-prompt": Table(
+        file="speed_cpu_prompt.json",
+        columns=(
+            ("tokens", "kv_len", ","),
+            ("layers", "num_layers", ""),
+            ("policy", "policy", ""),
+            ("prefill, ms", "prefill_ms", ",.0f"),
+            ("encoding, ms", "encode_ms", ",.0f"),
+            ("of the prefill", "encode_share", ".1%"),
+        ),
+    ),
     "perplexity": Table(
         file="tune.json",
         columns=(
