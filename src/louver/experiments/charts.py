@@ -39,7 +39,7 @@ def chart_png(chart: Chart, rows: Sequence[Row]) -> bytes:
                 if chart.interval:
                     axes.vlines(x, point["low"], point["high"], color=color, lw=0.8, alpha=0.6)
                 if point["label"]:
-                    labels.append((point["label"].removeprefix(f"{name}:"), x, y))
+                    labels.append((point["label"].removeprefix(f"{name}:"), float(x), float(y)))
             axes.plot([], [], shape, color=color, label=name)
         _scale(axes.xaxis, chart.x_axis)
         if lines:
