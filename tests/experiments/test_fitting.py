@@ -57,4 +57,4 @@ def test_a_price_that_is_none():
     with pytest.raises(PolicyError, match="no price"):
         Fitted(price=0.0)
     with pytest.raises(PolicyError, match="usage: fit:PRICE"):
-        Config(capture=Path("none"), policies=("fit:cheap",)).chosen  # noqa: B018
+        assert Config(capture=Path("none"), policies=("fit:cheap",)).chosen
