@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV_ARGS ?=
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -14,6 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PIP_ARGS ?=
+WORKERS ?= auto
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 SOURCES := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
@@ -24,13 +26,14 @@ ENV := $(READY) $(NATIVE)
 export GOMP_SPINCOUNT ?= 0
 
 ARGS ?=
+WORKERS ?= auto
 
 .PHONY: help venv native demo experiments test test-native-asan test-vllm lint format quickstart clean
 
 help:
 	@echo "make demo    decode with and without Louver on a small model, write louver-demo/"
 	@echo "make experiments    every experiment on two layers of it, with a report; ARGS=--full for all of it"
-	@echo "make test    the tests (no GPU needed)"
+	@echo "make test    the tests (no GPU needed); WORKERS=0 in one process, one after the other"
 	@echo "make test-native-asan    the compiled kernels' tests on a build instrumented for memory errors and undefined behaviour"
 	@echo "make test-vllm  the plug-in inside vLLM on a CPU, in an environment of its own (4 GB)"
 	@echo "make lint    ruff, import layers, types"
@@ -65,8 +68,9 @@ demo: $(ENV)
 experiments: $(ENV)
 	$(BIN)/louver experiment all --out louver-experiments $(ARGS)
 
+# A test takes one thread, so a process per core; a file's tests share what they prepare.
 test: $(ENV)
-	$(BIN)/python -m pytest -m "not gpu and not vllm"
+	$(BIN)/python -m pytest -m "not gpu and not vllm" -n $(WORKERS) --dist loadfile
 
 test-native-asan: $(ENV)
 	scripts/test_native_asan.sh
