@@ -71,24 +71,26 @@ LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t 
 
 constexpr int64_t kStrip = 16;
 
-// Up to four heads over 16 packed bytes. Weights are unsigned and codes, at most 15, count as signed; eight products of
-// 255 * 15 fit 16 bits.
+// Up to four heads over 16 packed bytes. Weights are unsigned and codes, at most 15, count as signed; sixteen products
+// of 255 * 15 fit 16 bits without a sign.
 template <int kHeads>
 LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t at, int64_t width,
                              const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
-    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i nibble = _mm256_set1_epi8(15), low_half = _mm256_set1_epi32(0xffff);
     auto row = [&](int64_t i) LOUVER_ALWAYS_INLINE {
         __m128i x = _mm_setzero_si128();
         if (width == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at));
         std::memcpy(&x, rows[i] + at, static_cast<size_t>(width));
         return x;
     };
-    alignas(32) int32_t sums[kHeads][2][16] = {};
+    __m256i even[kHeads][2], odd[kHeads][2];  // channels 2 j and 2 j + 1 of a vector of sixteen
+    for (int g = 0; g < kHeads; ++g)
+        for (int nib = 0; nib < 2; ++nib) even[g][nib] = odd[g][nib] = _mm256_setzero_si256();
     const int64_t end = (count + 3) / 4 * 4;
-    for (int64_t begin = 0; begin < end; begin += 8) {
+    for (int64_t begin = 0; begin < end; begin += 16) {
         __m256i part[kHeads][2];
         for (int g = 0; g < kHeads; ++g) part[g][0] = part[g][1] = _mm256_setzero_si256();
-        for (int64_t i = begin; i < begin + 8 && i < end; i += 2) {
+        for (int64_t i = begin; i < begin + 16 && i < end; i += 2) {
             const __m128i a = row(i), b = row(i + 1);
             const __m256i pairs = _mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b));
             const __m256i low = _mm256_and_si256(pairs, nibble);
@@ -101,15 +103,17 @@ LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t 
         }
         for (int g = 0; g < kHeads; ++g)
             for (int nib = 0; nib < 2; ++nib) {
-                auto* to = reinterpret_cast<__m256i*>(sums[g][nib]);
-                to[0] = _mm256_add_epi32(to[0], _mm256_cvtepu16_epi32(_mm256_castsi256_si128(part[g][nib])));
-                to[1] = _mm256_add_epi32(to[1], _mm256_cvtepu16_epi32(_mm256_extracti128_si256(part[g][nib], 1)));
+                even[g][nib] = _mm256_add_epi32(even[g][nib], _mm256_and_si256(part[g][nib], low_half));
+                odd[g][nib] = _mm256_add_epi32(odd[g][nib], _mm256_srli_epi32(part[g][nib], 16));
             }
     }
-    for (int g = 0; g < kHeads; ++g) {
-        std::memcpy(total + g * 2 * half + at, sums[g][0], static_cast<size_t>(4 * width));
-        std::memcpy(total + g * 2 * half + half + at, sums[g][1], static_cast<size_t>(4 * width));
-    }
+    for (int g = 0; g < kHeads; ++g)
+        for (int nib = 0; nib < 2; ++nib) {
+            const __m256i a = _mm256_unpacklo_epi32(even[g][nib], odd[g][nib]);
+            const __m256i b = _mm256_unpackhi_epi32(even[g][nib], odd[g][nib]);
+            const __m256i sums[2] = {_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31)};
+            std::memcpy(total + g * 2 * half + nib * half + at, sums, static_cast<size_t>(4 * width));
+        }
 }
 
 #endif

@@ -59,7 +59,8 @@ LOUVER_INLINE void add(Sums& into, const Sums& other) {
     into.rounding += other.rounding, into.rounding_value += other.rounding_value;
     into.surplus += other.surplus, into.surplus_spread += other.surplus_spread;
     into.value_miss += other.value_miss, into.size += other.size;
-    into.unread += other.unread, into.left_out += other.left_out;
+    into.unread += other.unread, into.unread_ceilings += other.unread_ceilings;
+    into.left_out += other.left_out;
 }
 
 // Zero what this thread contributes.

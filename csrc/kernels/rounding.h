@@ -27,6 +27,21 @@ LOUVER_INLINE float unit_of(DType dtype) {
 
 constexpr float kLowestExponent =
     -87.0f;  // e^x below this counts as zero (in a lower bound) or as e^-87 (in an upper one)
+constexpr float kLeastWeight = 0x1p-124f;  // above e^-87
+
+// e^(x - n ln 2) for n the whole number nearest to x log2 e.
+LOUVER_INLINE Floats exp_of_rest(Floats x, Floats n) {
+    Floats r = x - n * 0x1.62e4p-1f;  // ln 2 in two parts, n * the first is exact
+    r = r + n * -1.4286068203094172e-6f;
+    Floats p = splat(1.0f / 720);
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p;
+}
 
 // e^x within 2^-21 relative for -87 <= x <= 88; e^-87 below, +inf above 89. NaN stays NaN.
 LOUVER_INLINE Floats exp(Floats x) {
@@ -40,19 +55,10 @@ LOUVER_INLINE Floats exp(Floats x) {
     const Ints whole = round_to_int(clamped * 1.44269504088896341f);
     const Floats n = to_float(whole);
 #endif
-    Floats r = clamped - n * 0x1.62e4p-1f;  // ln 2 in two parts, n * the first is exact
-    r = r + n * -1.4286068203094172e-6f;
-    Floats p = splat(1.0f / 720);
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
 #if defined(__AVX512F__)
-    return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return (Floats)_mm512_scalef_ps((__m512)exp_of_rest(clamped, n), (__m512)n);
 #else
-    const Floats y = as_float(as_int(p) + (whole << 23));
+    const Floats y = as_float(as_int(exp_of_rest(clamped, n)) + (whole << 23));
     return x > 88.0f ? splat(kInfinity) : x == x ? y : x;
 #endif
 }
@@ -64,6 +70,32 @@ LOUVER_INLINE Floats exp_above(Floats x) {
     const Floats clamped = max(x, splat(kLowestExponent));
     const Floats scaled = clamped * 12102203.161561485f + 1065353216.0f + 256.0f;
     return x > 88.0f ? splat(kInfinity) : as_float(__builtin_convertvector(scaled, Ints));
+}
+
+// The same for -infinity <= x <= 88 that is a number: e^-87 below -87.
+LOUVER_INLINE Floats exp_small(Floats x) {
+#if defined(__AVX512F__)
+    return exp(x);
+#else
+    const Floats clamped = max(x, splat(kLowestExponent));
+    const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
+    return as_float(as_int(exp_of_rest(clamped, shifted - 12582912.0f)) + (as_int(shifted) << 23));
+#endif
+}
+
+// At least e^h and at most 0.03% above it for 0 <= h <= 4, as (e^(h/4))^4 by a polynomial above e^x on [0, 1];
+// beyond, exp. Rounding may take 2^-18 of it.
+LOUVER_INLINE Floats growth_above(Floats h) {
+    const Floats x = h * 0.25f;
+    Floats p = x * 0.0101f + 1.0f / 24;
+    p = p * x + 1.0f / 6;
+    p = p * x + 0.5f;
+    p = p * x + 1.0f;
+    p = p * x + 1.0f;
+    p = p * p;
+    p = p * p;
+    const Ints beyond = h > 4.0f;
+    return __builtin_expect(bits(beyond) != 0, 0) ? select(beyond, exp(h), p) : p;
 }
 
 LOUVER_INLINE float exp1(float x) { return exp(splat(x))[0]; }

@@ -27,28 +27,6 @@ LOUVER_INLINE int64_t count_at_least(const float* x, int64_t n, float t, int64_t
     return out;
 }
 
-// The sum of the values below t.
-LOUVER_INLINE double sum_below(const float* x, int64_t n, float t, int64_t step = 1) {
-    Floats total = {}, other = {};  // two, because each addition waits for the one before it
-    int64_t i = 0;
-    for (; i + (step + 1) * kLanes <= n; i += 2 * step * kLanes) {
-        const Floats v = load<Floats>(x + i), w = load<Floats>(x + i + step * kLanes);
-        total += select(v < t, v, splat(0)), other += select(w < t, w, splat(0));
-    }
-    for (; i + kLanes <= n; i += step * kLanes) {
-        const Floats v = load<Floats>(x + i);
-        total += select(v < t, v, splat(0));
-    }
-    total += other;
-    if (i < n) {
-        const Floats v = load<Floats>(x + i);
-        total += select((v < t) & first_lanes(n - i), v, splat(0));
-    }
-    double out = 0;
-    for (int lane = 0; lane < kLanes; ++lane) out += static_cast<double>(total[lane]);
-    return out;
-}
-
 // The largest t for which reaches(t) holds, given that it holds for low and not above high; both in order_of's
 // integers. With a tolerance, some t for which it holds, at most that many floats below the largest.
 template <class Reaches>
@@ -130,18 +108,6 @@ inline float threshold_for(const float* x, int64_t n, int64_t need) {
         (found >= need ? range.low : range.high) = middle;
     }
     return bisect(least, most, [&](float t) { return count_at_least(x, n, t) >= need; });
-}
-
-// A threshold below which the values (not negative) sum to at most `allowed`, near the largest such; never 0 or less.
-inline float unread_below(const float* x, int64_t n, double allowed) {
-    const int32_t low = order_of(0x1p-126f), high = order_of(__builtin_inff());
-    const int64_t step = n / (kSampleVectors * kLanes) > 1 ? n / (kSampleVectors * kLanes) : 1;
-    double target = 0.98 * allowed / static_cast<double>(step);
-    for (int tries = 0; tries < 8; ++tries, target *= 0.8) {
-        const float t = bisect(low, high, [&](float at) { return sum_below(x, n, at, step) <= target; }, 1 << 15);
-        if (sum_below(x, n, t) * (1 + 1e-4) <= allowed) return t;
-    }
-    return 0x1p-126f;
 }
 
 }  // namespace louver::LOUVER_ISA

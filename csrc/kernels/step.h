@@ -74,17 +74,23 @@ inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sket
     mine.weights = arena.take<float>(group * kValueTile);
     mine.value_norms = arena.take<float>(kValueTile);
     mine.scan = arena.take<char>(scan_bytes(sketch, group, planes));
-    mine.coarse.stride = padded_dims(sketch.frame_len);
-    mine.coarse.rows = arena.take<const uint8_t*>(mine.coarse.stride);
-    mine.coarse.live = arena.take<uint32_t>(mine.coarse.stride / kLanes);
-    mine.coarse.weight = arena.take<float>(mine.coarse.stride + kLanes);
-    mine.coarse.rounded = arena.take<uint8_t>(group * mine.coarse.stride);
-    mine.coarse.total = arena.take<int32_t>(group * sketch.dims + kLanes);
+    CoarseScratch& coarse = mine.coarse;
+    coarse.stride = padded_dims(sketch.frame_len) + kLanes;
+    for (FoundBlock& found : coarse.found) {
+        found.sketched = arena.take<Ints>(coarse.stride / kLanes),
+        found.unread = arena.take<Ints>(coarse.stride / kLanes);
+        found.live = arena.take<uint32_t>(coarse.stride / kLanes);
+        found.rows = arena.take<const uint8_t*>(coarse.stride);
+    }
+    coarse.weight = arena.take<float>(group * coarse.stride);
+    coarse.rounded = arena.take<uint8_t>(group * coarse.stride);
+    coarse.total = arena.take<int32_t>(group * sketch.dims + kLanes);
     unit.buffer = arena.take<float>(kValueTile * padded);
     unit.lanes = arena.take<Floats>(3 * group);
     unit.mass = arena.take<double>(group);
     unit.value_center = arena.take<float>(padded), unit.value_scale = arena.take<float>(padded);
     unit.step_of = arena.take<float>(group), unit.whole_of = arena.take<double>(group);
+    unit.unread_of = arena.take<float>(group);
     return arena.used();
 }
 

@@ -17,7 +17,7 @@ struct Sums {
     double surplus, surplus_spread;   // the same over sketched keys, and times the block's value spread
     double value_miss;                // sum of weight times |v - value used|
     double size;                      // sum of weight times |value used|
-    double unread;                    // weight on the mean value
+    double unread, unread_ceilings;   // weight on the mean value; the most its keys can weigh
     double left_out;                  // ceilings of the keys dropped
 };
 
@@ -51,11 +51,12 @@ struct Unit {
     float* top;                         // [group], shared: the score weights are relative to
     double* rescale;                    // [group], shared
     float* logit_slack;                 // [group], shared: what arithmetic can add to a logit
-    float* live_above;                  // [group], shared: ceilings from which a value is read
+    float* live_above;                  // [group], shared: upper bounds from which a sketched value is read
     double* mass;                       // [group], this thread's
     float *value_center, *value_scale;  // [dims], this thread's: the current block's value frame
     float* step_of;                     // [group], this thread's: a block's weight unit
     double* whole_of;                   // [group], this thread's: a block's sum of rounded weights
+    float* unread_of;                   // [group], this thread's: a block's weight on the mean value
     float mean_norm;                    // at least |value_mean|
     Extremes* extremes;                 // [size, group], shared
     Sums* sums;                         // [size, group], shared
