@@ -78,9 +78,9 @@ def check_tau(tau: Tensor, q: Tensor) -> None:
 
 def check_same_device(**tensors: Tensor) -> None:
     """Raise a ShapeError unless all tensors live on one device."""
-    devices = {name: x.device for name, x in tensors.items()}
-    if len(set(devices.values())) > 1:
-        raise ShapeError("tensors on different devices: " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
+    devices = [x.device for x in tensors.values()]
+    if devices.count(devices[0]) < len(devices):
+        raise ShapeError("tensors on different devices: " + ", ".join(f"{n} on {x.device}" for n, x in tensors.items()))
 
 
 def group_heads(x: Tensor, num_kv_heads: int) -> Tensor:

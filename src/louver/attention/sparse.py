@@ -21,7 +21,7 @@ from louver.policies.base import Dense
 from louver.policies.output_error import OutputError
 from louver.policies.spec import parse
 from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
-from louver.shapes import Query, Values, check_keys_values, check_query
+from louver.shapes import Keys, Query, Values, check_keys_values, check_query
 from louver.sketch.accounting import byte_weights
 from louver.sketch.layout import Sketch
 
@@ -53,10 +53,10 @@ def attend(
     """
     policy = parse(policy)
     index.refresh()
-    keys = index.store.keys
+    keys, own = index.store.keys, index.store.values
     check_query(q, keys)
-    own_values = values is None or index.store.values is None
-    values = index.store.values if values is None else values
+    own_values = values is None or own is None
+    values = own if values is None else values
     if values is None:
         raise ShapeError("attention needs values: give them to build() or to attend()")
     check_keys_values(keys, values)
@@ -66,7 +66,7 @@ def attend(
     if isinstance(policy, Dense):
         return attend_everything(q, index.store, values, scale, record)
     if isinstance(index, SketchIndex):
-        return _attend_sketch(q, index, values, own_values, policy, scale, keep_best, record)
+        return _attend_sketch(q, index, keys, values, own_values, policy, scale, keep_best, record)
     return attend_retrieval(q, index, values, policy, scale, keep_best, record)
 
 
@@ -81,10 +81,10 @@ def attend_many(
     rows, q_len, kv_len = q.transpose(1, 2), q.shape[2], index.store.keys.shape[2]
 
     def step(q: Query, seen: SketchIndex) -> AttendResult:
-        values = seen.store.values
+        keys, values = seen.store.keys, seen.store.values
         assert values is not None
-        check_query(q, seen.store.keys)
-        return _attend_sketch(q, seen, values, True, policy, softmax_scale, keep_best, record)
+        check_query(q, keys)
+        return _attend_sketch(q, seen, keys, values, True, policy, softmax_scale, keep_best, record)
 
     if index.backend in ("cpu", "reference"):  # a row's tokens in one step
         steps = [step(rows[i], index.tokens_of(i, q_len)) for i in range(q.shape[0])]
@@ -112,6 +112,7 @@ def _joined(results: list[AttendResult], join: Callable[[list[Tensor]], Tensor])
 def _attend_sketch(
     q: Query,
     index: SketchIndex,
+    keys: Keys,
     values: Values,
     own_values: bool,
     policy: Policy,
@@ -131,15 +132,15 @@ def _attend_sketch(
         )
     ops, store, rule = get_ops(index.backend), index.store, policy.rule()
     place = (store.kv_start, store.kv_len, scale)
-    rules = head_rules(policy, sketch, store.keys.shape[1], index.backend)
+    rules = head_rules(policy, sketch, keys.shape[1], index.backend)
     fused = rule is not None or rules is not None
-    if fused and index.backend == "cpu" and is_short(store.keys, *place[:2], policy.drops):
+    if fused and index.backend == "cpu" and is_short(keys, *place[:2], policy.drops):
         return attend_everything(q, store, values, scale, record, ops.attend_dense)
     if rule is not None:
-        step = ops.step(q, store.keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)
+        step = ops.step(q, keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)
     elif rules is not None:
         how = (policy.sinks, policy.recent, keep_best, record)
-        step = attend_by_heads(q, store.keys, values, sketch, rules, index.backend, *place, *how)
+        step = attend_by_heads(q, keys, values, sketch, rules, index.backend, *place, *how)
     elif isinstance(policy, OutputError):
         step, more = attend_within(q, index, sketch, values, policy, scale, record)
         result = result_of(step, sketch, policy)

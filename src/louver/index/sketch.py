@@ -90,11 +90,12 @@ class SketchIndex:
 
     def refresh(self) -> None:
         """Encode the blocks that filled since the last call; the rest of each row stays exact."""
-        keys, values = self.store.keys, self.store.values
-        sketch = self._ready_sketch(keys, values)
-        start, end = self.store.kv_start, self.store.kv_len
-        if self._nothing_filled(start, keys.shape[2]):
+        start = self.store.kv_start
+        keys = self.store.keys
+        if self.sketch is not None and self._nothing_filled(start, keys.shape[2]):
             return
+        values, end = self.store.values, self.store.kv_len
+        sketch = self._ready_sketch(keys, values)
         if self._encoded_start is None or not torch.equal(self._encoded_start, start):
             sketch.num_blocks.zero_()  # blocks count from a row's first valid token
             self._encoded_start = start.clone()

@@ -5,6 +5,7 @@
 
 import importlib
 import importlib.util
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -55,6 +56,7 @@ def resolve_backend(name: str, device: torch.device | str | None = None) -> str:
     return name
 
 
+@cache  # asked at every step
 def get_ops(name: str) -> ModuleType:
     """The module that holds a resolved backend's ops."""
     return importlib.import_module(_MODULES[name])

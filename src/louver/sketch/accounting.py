@@ -6,6 +6,8 @@ is wider counts as 16 bits too, on both sides of the ratio); the open block in f
 what a backend spills between its passes, which is its own affair and shows in its time.
 """
 
+from functools import cache
+
 from louver.protocols import COUNTS
 
 CACHE_BYTES = 2  # per element of a 16-bit cache, the unit every ratio is stated against
@@ -27,6 +29,7 @@ def key_block_bytes(num_dims: int, num_slices: int, frame_len: int) -> int:
     return frame_len * (num_dims // 2 + num_slices) + frame_bytes(num_dims) + 4 * num_slices
 
 
+@cache  # asked at every step
 def byte_weights(head_dim: int, num_dims: int, num_slices: int, frame_len: int) -> tuple[int, ...]:
     """Bytes per unit of each of louver.protocols.COUNTS, for a step that a sketch serves."""
     row = CACHE_BYTES * head_dim

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from operator import attrgetter, is_
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +35,7 @@ TENSORS = (
     "value_error",
     "pages",
 )
+_tensors_of = attrgetter(*TENSORS)
 Cache = Float[Tensor, "rows num_kv_heads tokens head_dim"]  # a batch, or pages behind a block table
 METRICS = {"frame": 0, "diagonal": 1, "identity": 2}
 HOW_TO_BUILD = "reinstall louver where a C++17 compiler is found, or run `make native` in a checkout"
@@ -60,9 +62,9 @@ def share(x: Tensor | None) -> Any:
 
 def sketch_view(sketch: Sketch) -> Any:
     """The native view of a sketch, made again when one of its tensors was replaced."""
-    held = tuple([getattr(sketch, name) for name in TENSORS])
+    held = _tensors_of(sketch)
     cached = sketch.__dict__.get("_native_view")
-    if cached is not None and all(a is b for a, b in zip(cached[0], held, strict=True)):
+    if cached is not None and all(map(is_, cached[0], held)):
         return cached[1]
     config = sketch.config
     view = load().Sketch(list(held), config.frame_len, sketch.head_dim, METRICS[config.metric], config.clip)
