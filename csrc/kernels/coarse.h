@@ -20,9 +20,9 @@ LOUVER_INLINE __m128i part_of_register(__m512i x, int part) {
 
 // Four tokens' 64 packed bytes, byte-transposed: register r, dword i holds the bytes of four tokens for byte 16 (i / 4)
 // + 4 r + i % 4 of the row.
-LOUVER_INLINE void interleave4(const uint8_t* const* rows, int64_t at, __mmask64 mask, __m512i* out) {
+LOUVER_INLINE void interleave4(const uint8_t* codes, const int32_t* rows, int64_t at, __mmask64 mask, __m512i* out) {
     __m512i x[4];
-    for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
+    for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_epi8(mask, codes + rows[i] + at);
     const __m512i low_a = _mm512_unpacklo_epi8(x[0], x[1]), high_a = _mm512_unpackhi_epi8(x[0], x[1]);
     const __m512i low_b = _mm512_unpacklo_epi8(x[2], x[3]), high_b = _mm512_unpackhi_epi8(x[2], x[3]);
     out[0] = _mm512_unpacklo_epi16(low_a, low_b), out[1] = _mm512_unpackhi_epi16(low_a, low_b);
@@ -31,7 +31,7 @@ LOUVER_INLINE void interleave4(const uint8_t* const* rows, int64_t at, __mmask64
 
 // Up to four heads over 64 packed bytes. Weights are unsigned and codes, at most 15, count as signed.
 template <int kHeads>
-LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t at, int64_t width,
+LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t count, int64_t at, int64_t width,
                              const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __mmask64 mask = width == 64 ? ~0ull : (1ull << width) - 1;
@@ -42,7 +42,7 @@ LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t 
             for (int r = 0; r < 2; ++r) low[g][r] = high[g][r] = _mm512_setzero_si512();
         for (int64_t i = 0; i < count; i += 4) {
             __m512i packed[4];
-            interleave4(rows + i, at, mask, packed);
+            interleave4(codes, rows + i, at, mask, packed);
             for (int r = 0; r < 2; ++r) {
                 const __m512i a = _mm512_and_si512(packed[r0 + r], nibble);
                 const __m512i b = _mm512_and_si512(_mm512_srli_epi16(packed[r0 + r], 4), nibble);
@@ -74,13 +74,13 @@ constexpr int64_t kStrip = 16;
 // Up to four heads over 16 packed bytes. Weights are unsigned and codes, at most 15, count as signed; sixteen products
 // of 255 * 15 fit 16 bits without a sign.
 template <int kHeads>
-LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t at, int64_t width,
+LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t count, int64_t at, int64_t width,
                              const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
     const __m256i nibble = _mm256_set1_epi8(15), low_half = _mm256_set1_epi32(0xffff);
     auto row = [&](int64_t i) LOUVER_ALWAYS_INLINE {
         __m128i x = _mm_setzero_si128();
-        if (width == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at));
-        std::memcpy(&x, rows[i] + at, static_cast<size_t>(width));
+        if (width == 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + rows[i] + at));
+        std::memcpy(&x, codes + rows[i] + at, static_cast<size_t>(width));
         return x;
     };
     __m256i even[kHeads][2], odd[kHeads][2];  // channels 2 j and 2 j + 1 of a vector of sixteen
@@ -119,20 +119,20 @@ LOUVER_INLINE void add_strip(const uint8_t* const* rows, int64_t count, int64_t 
 #endif
 
 // total[g * 2 * half + j] = sum_i weight[g * stride + i] * code of channel j of token i, low nibbles first, then the
-// high ones. rows: packed codes of each token; rows and weights have room to the next multiple of 4 (weight 0 there).
-// The largest sum, 255 * 15 * count, is far inside int32.
-inline void add_codes(const uint8_t* const* rows, int64_t count, int64_t half, const uint8_t* weights, int64_t stride,
-                      int64_t group, int32_t* total) {
+// high ones. rows: where each token's packed codes begin; rows and weights have room to the next multiple of 4 (weight
+// 0 there). The largest sum, 255 * 15 * count, is far inside int32.
+inline void add_codes(const uint8_t* codes, const int32_t* rows, int64_t count, int64_t half, const uint8_t* weights,
+                      int64_t stride, int64_t group, int32_t* total) {
 #if defined(__AVX2__)
     for (int64_t at = 0; at < half; at += kStrip) {
         const int64_t width = half - at < kStrip ? half - at : kStrip;
         int64_t g = 0;
         for (; g + 4 <= group; g += 4)
-            add_strip<4>(rows, count, at, width, weights + g * stride, stride, total + g * 2 * half, half);
+            add_strip<4>(codes, rows, count, at, width, weights + g * stride, stride, total + g * 2 * half, half);
         const uint8_t* rest = weights + g * stride;
-        if (group - g == 1) add_strip<1>(rows, count, at, width, rest, stride, total + g * 2 * half, half);
-        if (group - g == 2) add_strip<2>(rows, count, at, width, rest, stride, total + g * 2 * half, half);
-        if (group - g == 3) add_strip<3>(rows, count, at, width, rest, stride, total + g * 2 * half, half);
+        if (group - g == 1) add_strip<1>(codes, rows, count, at, width, rest, stride, total + g * 2 * half, half);
+        if (group - g == 2) add_strip<2>(codes, rows, count, at, width, rest, stride, total + g * 2 * half, half);
+        if (group - g == 3) add_strip<3>(codes, rows, count, at, width, rest, stride, total + g * 2 * half, half);
     }
 #else
     std::memset(total, 0, static_cast<size_t>(4 * group * 2 * half));
@@ -141,7 +141,7 @@ inline void add_codes(const uint8_t* const* rows, int64_t count, int64_t half, c
         int32_t* high = low + half;
         for (int64_t i = 0; i < count; ++i) {
             const int32_t w = weights[g * stride + i];
-            const uint8_t* packed = rows[i];
+            const uint8_t* packed = codes + rows[i];
             for (int64_t j = 0; j < half; ++j) {
                 low[j] += w * (packed[j] & 15);
                 high[j] += w * (packed[j] >> 4);

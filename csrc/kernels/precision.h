@@ -13,8 +13,10 @@ namespace louver::LOUVER_ISA {
 inline float guess_live(const Unit& unit, int64_t g, double share, double exact_floors) {
     constexpr int kSample = 192;
     Floats uppers[kSample], ceilings[kSample], floors = {};
-    const int64_t vectors = (unit.closed + kLanes - 1) / kLanes, step = (vectors + kSample - 1) / kSample;
-    const Weigher weigh{unit.top[g], unit.problem->softmax_scale, unit.logit_slack[g]};
+    const int64_t vectors = (unit.closed + kLanes - 1) / kLanes, most = (vectors + kSample - 1) / kSample;
+    const int64_t step = most > 8 ? most : 8;
+    const Weigher weigher(unit, g);
+    Ints beyond = {};
     float low = kInfinity, high = -kInfinity;
     int taken = 0;
     for (int64_t i = 0; i < vectors; i += step, ++taken) {
@@ -22,10 +24,11 @@ inline float guess_live(const Unit& unit, int64_t g, double share, double exact_
         for (int64_t h = 0; h < unit.group.size; ++h)
             sketched &= load<Floats>(unit.upper + h * unit.stride + i * kLanes) < unit.cut[h];
         const Floats upper = load<Floats>(unit.upper + g * unit.stride + i * kLanes);
-        const Weighed each = weigh(upper, load<Floats>(unit.estimate + g * unit.stride + i * kLanes), sketched);
+        const Weighed each =
+            weigher.weigh<true>(upper, load<Floats>(unit.estimate + g * unit.stride + i * kLanes), sketched, beyond);
         uppers[taken] = select(sketched, upper, splat(kInfinity));
         ceilings[taken] = each.weight * each.growth;
-        floors += each.floor;
+        floors += each.weight * reciprocal_near(each.growth);
         low = std::fmin(low, -largest(-uppers[taken]));
         high = std::fmax(high, largest(select(sketched, upper, splat(-kInfinity))));
     }
@@ -59,8 +62,9 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
     int64_t decided = 0;
     unit.lists([&](int64_t, int64_t n) { decided += n; });
     decided -= unit.length - unit.closed;
-    unit.my_heads(
-        [&](int64_t g) { unit.cut[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, need + decided); });
+    unit.my_heads([&](int64_t g) {
+        unit.cut[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, need + decided, unit.packed);
+    });
     unit.wait();
     collect<AlsoFind::top_estimate>(unit, unit.cut, nullptr);
     unit.wait();

@@ -77,7 +77,7 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     if (!rule.has_tau) {
         unit.my_heads([&](int64_t g) {
             // Decided keys are +infinity among the upper bounds and scored already.
-            fine[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, rank);
+            fine[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, rank, unit.packed);
         });
         unit.wait();
         collect<AlsoFind::nothing>(unit, fine, nullptr);

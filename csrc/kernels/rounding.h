@@ -27,7 +27,7 @@ LOUVER_INLINE float unit_of(DType dtype) {
 
 constexpr float kLowestExponent =
     -87.0f;  // e^x below this counts as zero (in a lower bound) or as e^-87 (in an upper one)
-constexpr float kLeastWeight = 0x1p-124f;  // above e^-87
+constexpr float kLeastWeight = 0x1p-124f;  // above what exp2_of_weight returns of anything lower
 
 // e^(x - n ln 2) for n the whole number nearest to x log2 e.
 LOUVER_INLINE Floats exp_of_rest(Floats x, Floats n) {
@@ -72,30 +72,25 @@ LOUVER_INLINE Floats exp_above(Floats x) {
     return x > 88.0f ? splat(kInfinity) : as_float(__builtin_convertvector(scaled, Ints));
 }
 
-// The same for -infinity <= x <= 88 that is a number: e^-87 below -87.
-LOUVER_INLINE Floats exp_small(Floats x) {
-#if defined(__AVX512F__)
-    return exp(x);
-#else
-    const Floats clamped = max(x, splat(kLowestExponent));
-    const Floats shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to a whole number
-    return as_float(as_int(exp_of_rest(clamped, shifted - 12582912.0f)) + (as_int(shifted) << 23));
-#endif
+// 2^x within 2^-18 relative for -125 <= x <= 127; 2^-125 or so below. For weights, whose bounds pay for it.
+LOUVER_INLINE Floats exp2_of_weight(Floats x) {
+    const Floats clamped = max(x, splat(-125.0f)), shifted = clamped + 12582912.0f;  // 1.5 * 2^23: to a whole number
+    const Floats f = clamped - (shifted - 12582912.0f);
+    Floats p = f * 0x1.3997d6p-7f + 0x1.ca1440p-5f;  // the best of degree 4 on [-1/2, 1/2], 2^-18.4 off at most
+    p = p * f + 0x1.ec06dap-3f;
+    p = p * f + 0x1.62e0dcp-1f;
+    p = p * f + 0x1.ffffe8p-1f;
+    return as_float(as_int(p) + (as_int(shifted) << 23));
 }
 
-// At least e^h and at most 0.03% above it for 0 <= h <= 4, as (e^(h/4))^4 by a polynomial above e^x on [0, 1];
-// beyond, exp. Rounding may take 2^-18 of it.
-LOUVER_INLINE Floats growth_above(Floats h) {
-    const Floats x = h * 0.25f;
-    Floats p = x * 0.0101f + 1.0f / 24;
-    p = p * x + 1.0f / 6;
-    p = p * x + 0.5f;
+// At least e^(4x) and at most 1% above it for 0 <= x <= 1, but for 2^-19 of rounding: (e^x)^4, and
+// sum_{k >= 3} x^k / k! <= (e - 5/2) x^3.
+LOUVER_INLINE Floats growth_above(Floats x) {
+    Floats p = x * 0.21829f + 0.5f;
     p = p * x + 1.0f;
     p = p * x + 1.0f;
     p = p * p;
-    p = p * p;
-    const Ints beyond = h > 4.0f;
-    return __builtin_expect(bits(beyond) != 0, 0) ? select(beyond, exp(h), p) : p;
+    return p * p;
 }
 
 LOUVER_INLINE float exp1(float x) { return exp(splat(x))[0]; }

@@ -98,14 +98,21 @@ LOUVER_INLINE uint32_t bits(Ints mask) {
 #endif
 }
 
-// At most 1 / x for positive x, and less by a factor of 1 - 2^-10 at most.
-LOUVER_INLINE Floats reciprocal_below(Floats x) {
+// 1 / x for positive x, times kReciprocalBelow at most that and less by a factor of 1 - 2^-10 at most.
 #if defined(__AVX512F__)
-    return (Floats)_mm512_rcp14_ps((__m512)x) * (1 - 0x1p-13f);  // good to 2^-14
+constexpr double kReciprocalBelow = 1 - 0x1p-13;  // good to 2^-14
 #elif defined(__AVX2__)
-    return (Floats)_mm256_rcp_ps((__m256)x) * (1 - 0x1p-11f);  // good to 1.5 * 2^-12
+constexpr double kReciprocalBelow = 1 - 0x1p-11;  // good to 1.5 * 2^-12
 #else
-    return (1 - 0x1p-13f) / x;
+constexpr double kReciprocalBelow = 1 - 0x1p-13;
+#endif
+LOUVER_INLINE Floats reciprocal_near(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_rcp_ps((__m256)x);
+#else
+    return 1.0f / x;
 #endif
 }
 
@@ -122,15 +129,16 @@ struct PackOrder {
 static constexpr PackOrder kPackOrder;
 #endif
 
-// The lanes of x that mask names, side by side from p on, and whatever after them: kLanes are written.
-LOUVER_INLINE void store_packed(float* p, Floats x, uint32_t mask) {
+// The lanes of x that mask names, side by side from p on, and whatever after them: kLanes are written. Also of Ints.
+template <class Element, class Vector>
+LOUVER_INLINE void store_packed(Element* p, Vector x, uint32_t mask) {
 #if defined(__AVX512F__)
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(static_cast<__mmask16>(mask), (__m512)x));
 #elif defined(__AVX2__)
     const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPackOrder.lanes[mask & 255]));
-    _mm256_storeu_ps(p, _mm256_permutevar8x32_ps((__m256)x, _mm256_cvtepu8_epi32(order)));
+    _mm256_storeu_ps(reinterpret_cast<float*>(p), _mm256_permutevar8x32_ps((__m256)x, _mm256_cvtepu8_epi32(order)));
 #else
-    store(p, Floats{});
+    store(p, Vector{});
     for (; mask != 0; mask &= mask - 1) *p++ = x[__builtin_ctz(mask)];
 #endif
 }

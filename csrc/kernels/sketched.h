@@ -13,8 +13,10 @@ namespace louver::LOUVER_ISA {
 struct FoundBlock {
     Ints *sketched, *unread;  // per kLanes tokens: not exact for any head; those of them live for none
     uint32_t* live;           // the others, a bit each
-    const uint8_t** rows;     // [frame_len + 4], value codes of the live ones
+    int32_t* row;             // [stride], places in the block's value codes of the live ones, in bytes
+    const uint8_t* codes;     // the block's
     int64_t count;
+    bool none;  // no key is sketched
 };
 
 struct CoarseScratch {
@@ -28,8 +30,10 @@ struct CoarseScratch {
 inline void find_live(const Unit& unit, int64_t b, FoundBlock& found) {
     const SketchView& sketch = *unit.sketch;
     const int64_t group = unit.group.size, frame_len = sketch.frame_len, half = sketch.dims / 2, base = b * frame_len;
-    const uint8_t* codes = sketch.value_codes + sketch.block(unit.row, unit.head, b) * frame_len * half;
-    found.count = 0;
+    found.codes = sketch.value_codes + sketch.block(unit.row, unit.head, b) * frame_len * half;
+    const Ints lane_rows = load<Ints>(kLaneNumbers) * static_cast<int32_t>(half);
+    int64_t count = 0;
+    Ints any = {};
     for (int64_t token = 0, v = 0; token < frame_len; token += kLanes, ++v) {
         Ints exact = {}, live = {};
         for (int64_t g = 0; g < group; ++g) {
@@ -38,70 +42,94 @@ inline void find_live(const Unit& unit, int64_t b, FoundBlock& found) {
             live |= upper >= unit.live_above[g];
         }
         const Ints sketched = first_lanes(frame_len - token) & ~exact;
-        found.sketched[v] = sketched, found.unread[v] = sketched & ~live, found.live[v] = bits(sketched & live);
-        for (uint32_t todo = found.live[v]; todo != 0; todo &= todo - 1) {
-            const uint8_t* row = codes + (token + __builtin_ctz(todo)) * half;
-            prefetch_row(reinterpret_cast<const char*>(row), half);
-            found.rows[found.count++] = row;
-        }
+        const uint32_t mask = bits(sketched & live);
+        any |= sketched;
+        found.sketched[v] = sketched, found.unread[v] = sketched & ~live, found.live[v] = mask;
+        store_packed(found.row + count, lane_rows + static_cast<int32_t>(token * half), mask);
+        count += __builtin_popcount(mask);
     }
-    for (int64_t i = found.count; i % 4 != 0; ++i) found.rows[i] = codes;  // weighed with zero
+    for (int64_t i = 0; i < count; ++i) prefetch_row(reinterpret_cast<const char*>(found.codes + found.row[i]), half);
+    for (int64_t i = count; i % 4 != 0; ++i) found.row[i] = 0;  // weighed with zero
+    found.count = count, found.none = bits(any) == 0;
 }
 
-// A head's weights of a vector of sketched keys: what is used, how much more and how much less it can be. docs/
-// guarantee.md, section 13: the bounds lie symmetrically about the estimate, so one growth serves both sides.
+// A head's weights of a vector of sketched keys. The bounds lie symmetrically about the estimate, so one growth serves
+// both sides: the real weight lies between weight / growth and weight * growth (docs/guarantee.md, section 13).
 struct Weighed {
-    Floats weight, growth, floor;  // in [floor, weight * growth], but for kLeastWeight
+    Floats weight, growth;  // 0 and 1 for keys that are not sketched
 };
 struct Weigher {
     float top, scale, slack;
-    LOUVER_INLINE Weighed operator()(Floats upper, Floats estimate, Ints sketched) const {
-        const Floats logit = (estimate - top) * scale;
-        const Floats weight = select(sketched, exp_small(logit), splat(0));
-        const Floats growth = growth_above(select(sketched, (upper - estimate) * scale + slack, splat(0)));
-        const Floats floor = select(logit >= kLowestExponent, weight * reciprocal_below(growth), splat(0));
-        return Weighed{weight, growth, floor};
+    Weigher(const Unit& unit, int64_t g)
+        : top(unit.top[g]), scale(unit.problem->softmax_scale), slack(0.25f * unit.logit_slack[g]) {}
+    // kWide: any growth; else beyond says which lanes have one above e^4, and theirs means nothing.
+    template <bool kWide>
+    LOUVER_INLINE Weighed weigh(Floats upper, Floats estimate, Ints sketched, Ints& beyond) const {
+        const Floats power = (estimate - top) * (scale * 1.44269504088896341f);
+        const Floats x = as_float(as_int((upper - estimate) * (0.25f * scale) + slack) & sketched);
+        const Ints wide = x > 1.0f;
+        beyond |= wide;
+        Floats growth = growth_above(x);
+        if (kWide) growth = select(wide, exp(4 * x), growth);
+        return Weighed{as_float(as_int(exp2_of_weight(power)) & sketched), growth};
     }
 };
 
-// Weights of block b's sketched keys for head g: those of live keys side by side into weight, the rest into the sums of
-// what goes unread. Adds up floors and what the weights can be off by.
+// What a block's sketched keys of one head add up to.
+struct BlockSums {
+    Floats surplus, floors, unread, unread_ceilings;
+};
+
+// Weights of a block's sketched keys for one head, those of live keys side by side into weight. False where a bound
+// was too wide for kWide = false.
+template <bool kWide>
+LOUVER_INLINE bool weigh_keys(const Weigher& weigher, const float* uppers, const float* estimates,
+                              const FoundBlock& found, int64_t frame_len, float* weight, BlockSums& sums) {
+    Floats surplus = {}, floors = {}, unread = {}, unread_ceilings = {};
+    Ints beyond = {};
+    for (int64_t token = 0, v = 0; token < frame_len; token += kLanes, ++v) {
+        const Weighed each = weigher.weigh<kWide>(load<Floats>(uppers + token), load<Floats>(estimates + token),
+                                                  found.sketched[v], beyond);
+        const Floats ceiling = each.weight * each.growth;
+        surplus += ceiling - each.weight;
+        floors += each.weight * reciprocal_near(each.growth);
+        unread += as_float(as_int(each.weight) & found.unread[v]);
+        unread_ceilings += as_float(as_int(ceiling) & found.unread[v]);
+        store_packed(weight, each.weight, found.live[v]);
+        weight += __builtin_popcount(found.live[v]);
+    }
+    sums = BlockSums{surplus, floors, unread, unread_ceilings};
+    return kWide || bits(beyond) == 0;
+}
+
+// The same of block b for head g, added to the thread's sums: what the weights can be off by, floors, and what is
+// unread.
 inline void weigh_block(Unit& unit, int64_t b, int64_t g, const FoundBlock& found, float* weight) {
     const SketchView& sketch = *unit.sketch;
     const double spread = static_cast<double>(sketch.value_spread[sketch.block(unit.row, unit.head, b)]);
     const double slack_of_sum = 1e-5 + static_cast<double>(lane_slack(sketch.frame_len));
-    const Weigher weigh{unit.top[g], unit.problem->softmax_scale, unit.logit_slack[g]};
+    const double least = static_cast<double>(sketch.frame_len) * static_cast<double>(kLeastWeight);
+    const Weigher weigher(unit, g);
     const float* uppers = unit.upper + g * unit.stride + b * sketch.frame_len;
     const float* estimates = unit.estimate + g * unit.stride + b * sketch.frame_len;
-    Floats surplus = {}, floors = {}, unread = {}, unread_ceilings = {};
-    Ints any = {};
-    for (int64_t token = 0, v = 0; token < sketch.frame_len; token += kLanes, ++v) {
-        const Weighed each = weigh(load<Floats>(uppers + token), load<Floats>(estimates + token), found.sketched[v]);
-        const Floats apart = select(found.unread[v], each.weight, splat(0));
-        surplus += each.weight * each.growth - each.weight;
-        floors += each.floor;
-        unread += apart;
-        unread_ceilings += select(found.unread[v], each.weight * each.growth, splat(0));
-        any |= found.sketched[v];
-        store_packed(weight, each.weight, found.live[v]);
-        weight += __builtin_popcount(found.live[v]);
-    }
-    unit.unread_of[g] = 0;
-    if (bits(any) == 0) return;
-    Sums& sums = unit.sum_of(g);
+    BlockSums block;
+    if (!weigh_keys<false>(weigher, uppers, estimates, found, sketch.frame_len, weight, block))
+        weigh_keys<true>(weigher, uppers, estimates, found, sketch.frame_len, weight, block);
     alignas(16) float four[4];
-    const Floats vectors[4] = {surplus, floors, unread, unread_ceilings};
+    const Floats vectors[4] = {block.surplus, block.floors, block.unread, block.unread_ceilings};
     sum4(vectors, four);
-    const double off = static_cast<double>(four[0]) * (1 + slack_of_sum) +
-                       static_cast<double>(sketch.frame_len) * static_cast<double>(kLeastWeight);
+    unit.unread_of[g] = four[2];
+    if (found.none) return;
+    Sums& sums = unit.sum_of(g);
+    const double off = static_cast<double>(four[0]) * (1 + slack_of_sum) + least;
+    const double floors = static_cast<double>(four[1]) * kReciprocalBelow * (1 - slack_of_sum) - least;
     const double left = static_cast<double>(four[2]);
     sums.surplus += off, sums.surplus_spread += off * spread;
-    sums.floors += static_cast<double>(four[1]) * (1 - slack_of_sum);
+    sums.floors += floors > 0 ? floors : 0;
     sums.unread += left, sums.total += left;
     sums.unread_ceilings += static_cast<double>(four[3]) * (1 + slack_of_sum);
     if (left > 0) sums.value_miss += left * spread;
     sums.size += left * static_cast<double>(unit.mean_norm);
-    unit.unread_of[g] = four[2];
 }
 
 // The current block's value frame, decoded; returns at least the norm of any value it can hold.
@@ -170,7 +198,7 @@ inline void add_block(Unit& unit, int64_t b, const FoundBlock& found, CoarseScra
         round_weights(unit, b, g, count, extent, weight, scratch.rounded + g * scratch.stride);
     }
     if (count == 0) return;
-    add_codes(found.rows, count, half, scratch.rounded, scratch.stride, group, scratch.total);
+    add_codes(found.codes, found.row, count, half, scratch.rounded, scratch.stride, group, scratch.total);
     for (int64_t g = 0; g < group; ++g) {
         const float step = unit.step_of[g], whole = static_cast<float>(unit.whole_of[g]);
         float* out = unit.my_out() + g * unit.group.padded;

@@ -67,8 +67,8 @@ struct Private {
 };
 
 // What each thread has for itself.
-inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sketch, int64_t group, int64_t padded,
-                               int planes, char* memory) {
+inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sketch, int64_t longest, int64_t group,
+                               int64_t padded, int planes, char* memory) {
     Arena arena(memory);
     mine.group = arena.take<float>(group_floats(group, padded));
     mine.weights = arena.take<float>(group * kValueTile);
@@ -80,11 +80,12 @@ inline int64_t lay_out_private(Unit& unit, Private& mine, const SketchView& sket
         found.sketched = arena.take<Ints>(coarse.stride / kLanes),
         found.unread = arena.take<Ints>(coarse.stride / kLanes);
         found.live = arena.take<uint32_t>(coarse.stride / kLanes);
-        found.rows = arena.take<const uint8_t*>(coarse.stride);
+        found.row = arena.take<int32_t>(coarse.stride);
     }
     coarse.weight = arena.take<float>(group * coarse.stride);
     coarse.rounded = arena.take<uint8_t>(group * coarse.stride);
     coarse.total = arena.take<int32_t>(group * sketch.dims + kLanes);
+    unit.packed = arena.take<float>(padded_dims(longest) + kLanes);
     unit.buffer = arena.take<float>(kValueTile * padded);
     unit.lanes = arena.take<Floats>(3 * group);
     unit.mass = arena.take<double>(group);
@@ -106,7 +107,7 @@ inline Unit make_unit(const StepContext& context, int64_t index, bool shared, in
     unit.row = index / problem.num_kv_heads, unit.head = index % problem.num_kv_heads;
     char* memory = context.memory + (shared ? 0 : rank) * per_thread;
     lay_out_shared(unit, context.longest, group, padded, unit.size, memory);
-    lay_out_private(unit, mine, sketch, group, padded, context.planes,
+    lay_out_private(unit, mine, sketch, context.longest, group, padded, context.planes,
                     context.memory + rank * per_thread + context.shared_bytes);
     unit.length = problem.row_len(unit.row);
     unit.num_blocks = sketch.num_blocks[unit.row];
@@ -153,7 +154,7 @@ inline StepContext make_context(const Problem& problem, const SketchView& sketch
     unit.rule = &rule;
     const int64_t group = problem.group_size(), padded = padded_dims(sketch.dims);
     context.shared_bytes = lay_out_shared(unit, context.longest, group, padded, num_threads, nullptr);
-    context.private_bytes = lay_out_private(unit, mine, sketch, group, padded, planes, nullptr);
+    context.private_bytes = lay_out_private(unit, mine, sketch, context.longest, group, padded, planes, nullptr);
     context.memory = scratch((context.shared_bytes + context.private_bytes) * num_threads);
     return context;
 }

@@ -61,6 +61,7 @@ struct Unit {
     Extremes* extremes;                 // [size, group], shared
     Sums* sums;                         // [size, group], shared
     float* out;                         // [size, group, padded], shared
+    float* packed;                      // [stride], this thread's
     float* buffer;                      // this thread's: kValueTile * padded floats
     Floats* lanes;                      // this thread's: running extremes, 3 per head
 
