@@ -2,14 +2,18 @@
 
 import importlib
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from louver.kernels import crossover
+from louver.policies.spec import parse
+from louver.protocols import COUNTS
+
 sys.path.insert(0, str(Path(__file__).parent))
 checks = importlib.import_module("checks")
+plan, step = (importlib.import_module(f"louver.kernels.triton.{name}") for name in ("plan", "step"))
 Case = checks.Case
 
 pytestmark = pytest.mark.gpu
@@ -64,37 +68,59 @@ def test_triton_scan_keeps_them_too(policy, monkeypatch):
 @pytest.mark.parametrize("policy", ["exact:0.01", "topk:20"])
 def test_step_is_captured_in_a_graph(policy, monkeypatch):
     """A replay sees new queries and a longer row; nothing in the step waits for the host."""
-    from louver.kernels.triton import step
-    from louver.policies.spec import parse
-
     monkeypatch.setattr("louver.kernels.crossover.enabled", False)
     case = Case(policy=policy, head_dim=128, group=4, kv_len=4100, frame_len=128, batch=1)
     q, keys, values, start, stop, index = checks.build(case, "cuda")
     rule = parse(policy).rule()
     arguments = (keys, values, index.sketch, rule, start, stop, 128**-0.5, 0, 0, True)
-    step(q, *arguments)
+    step.step(q, *arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(q, *arguments)
+        captured = step.step(q, *arguments)
     q.copy_(q.flip(1))
     stop.copy_(stop + 1)
     graph.replay()
-    fresh = step(q, *arguments)
+    fresh = step.step(q, *arguments)
     torch.testing.assert_close(captured.out, fresh.out, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(captured.tau, fresh.tau)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(q, *arguments)
+        step.step(q, *arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_overflowing_list_goes_dense():
-    """Asking for every key overflows the list; the head must fall back to dense on the device, not lose keys."""
-    case = Case(policy="exact:0.9", head_dim=128, group=4, kv_len=8197, frame_len=128)
-    assert checks.check(case, "cuda")["error"] < 2e-3
-    checks.check(replace(case, policy="budget:0.9"), "cuda")
+@pytest.mark.parametrize("policy", ["exact:0.9", "budget:0.9"])
+def test_overflowing_list_goes_dense(policy, small_lists):
+    """Asking for most keys overflows a short list; the head must fall back to dense on the device, not lose keys."""
+    case = Case(policy=policy, head_dim=128, group=4, kv_len=8197, frame_len=128)
+    checks.check(case, "cuda")
+    assert (num_exact(case) == 64 * 128).all()
+
+
+@pytest.mark.parametrize("share", [0.02, 0.05, 0.1, 0.3])
+def test_a_large_budget_of_a_small_cache_is_met_without_going_dense(share):
+    case = Case(policy=f"budget:{share}", head_dim=64, group=3, kv_len=8197, frame_len=128)
+    checks.check(case, "cuda")
+    assert (num_exact(case) < 8000).all()
+
+
+def num_exact(case):
+    """Closed keys that a step attends exactly, per KV head."""
+    q, keys, values, start, stop, index = checks.build(case, "cuda")
+    with crossover.switched(False):
+        result = step.step(q, keys, values, index.sketch, parse(case.policy).rule(), start, stop, case.head_dim**-0.5)
+    return result.counts[..., COUNTS.index("exact")]
+
+
+@pytest.fixture
+def small_lists(monkeypatch):
+    """Lists of 1024 keys, as a cache of millions would have too few."""
+    plan.workspace.cache_clear()
+    monkeypatch.setattr(plan, "room_for", lambda tokens: 1024)
+    yield
+    plan.workspace.cache_clear()
 
 
 def test_tensor_core_accumulation_is_as_assumed():

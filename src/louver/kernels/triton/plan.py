@@ -11,6 +11,9 @@ from louver.protocols import CutRule
 from louver.sketch.layout import Sketch
 
 
+LONG = 1 << 18  # tokens
+
+
 class Workspace(NamedTuple):
     """Buffers of a step, allocated once per shape and shared by the layers of a model: nothing lives on between steps."""
 
@@ -102,5 +105,5 @@ def workspace(
 
 
 def room_for(tokens: int) -> int:
-    """Places in a KV head's list of exact keys; where more are exact, dense attention is faster anyway."""
-    return max(1024, tokens // 3)
+    """Places in a KV head's list of exact keys: all of a cache's, half of a long one's (36 bytes each where 4 heads share a key)."""
+    return min(tokens, max(LONG, tokens // 2))

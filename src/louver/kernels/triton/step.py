@@ -10,7 +10,7 @@
 
 In CUDA scan and resolve are one launch (scan.cu).
 
-A list that overflows its room makes its KV head dense, in ``exact``, on the device. Below ``crossover`` tokens the step is dense.
+A list that overflows its room (plan.py) makes its KV head dense, in ``exact``, on the device. Below ``crossover`` tokens the step is dense.
 """
 
 # pyright: reportCallIssue=false
@@ -138,10 +138,8 @@ def step(
         fixed=rule.drop and rule.tau is not None,
     )
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
-    # Where bounds are counted from: low enough that what a rule asks for lies above it (or the head goes dense).
-    wanted = max(rule.share, need / max(1, longest))
-    floor = 0.0 if plan.fixed or not native_scan or wanted > 0.05 else 0.25 if rule.drop else 0.5
     if native_scan:
+        floor = _floor(rule, need / max(1, longest))
         native.prepare(plan, x, floor, ranked)
         native.scan(plan, x, sinks, recent, keep_best)
     else:
@@ -182,6 +180,16 @@ def step(
         NUM_COUNTERS=COUNTERS, DROP=rule.drop, num_warps=4,
     )  # fmt: skip
     return result
+
+
+def _floor(rule: CutRule, share: float) -> float:
+    """The share of the centers above which bounds are counted: what a rule asks for must lie above it, or every key is listed."""
+    share = max(rule.share, share)
+    if rule.tau is not None or share > 0.3:
+        return 0.0
+    if rule.drop:  # by lower bounds
+        return 0.25 if share <= 0.012 else 0.9
+    return 0.5 if share <= 0.05 else 0.9
 
 
 def _sizes(plan: Plan) -> tuple[dict, dict, dict]:
