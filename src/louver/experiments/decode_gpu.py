@@ -1,23 +1,32 @@
-"""Tokens per second of a whole model on a GPU over a long synthetic cache, in transformers' own ``generate``.
+"""Tokens per second of a whole model on a GPU over a long synthetic cache.
 
 The model is a Llama of the size asked for with random weights, its cache ``heavy_tailed`` keys and values: what is measured is time, not
-text. Dense attention is served by the same growing buffers (policy ``dense``), and by transformers' DynamicCache as it comes. The
-model's own weights and launches are part of every token, so the gain is smaller than attention's alone; the row says how small.
+text. Two loops: transformers' own ``generate``, which launches every kernel of every token from Python, and a step captured in a CUDA
+graph. Ways to attend: a policy of Louver's, over its growing buffers; ``dense`` over the same buffers (torch's attention in ``generate``, our
+dense kernel in a graph); transformers' DynamicCache and StaticCache with its SDPA attention. Where torch may choose, it takes cuDNN,
+which plans anew for every length; the rows with ``sdpa`` "flash" keep it from that.
 """
 
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
 from louver.experiments.synthetic import heavy_tailed
-from louver.integrations.transformers import attach
+from louver.integrations.transformers import CapturedDecoding, attach
 
-DYNAMIC = "DynamicCache"
+DYNAMIC, STATIC = "DynamicCache", "StaticCache"
+DENSE = ("dense", DYNAMIC, STATIC)
+FLASH = ", flash"  # behind a dense way: torch's flash attention, not what torch would choose
+BLOCKS_AHEAD = 256  # tokens of room, over those that are decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,39 +34,49 @@ class Config:
     """One model and one length; every field changes results."""
 
     kv_len: int
-    policies: tuple[str, ...] = (DYNAMIC, "dense", "budget:0.01", "exact:0.01")
+    loop: str = "generate"
+    ways: tuple[str, ...] = (DYNAMIC, DYNAMIC + FLASH, "dense", "dense" + FLASH, "budget:0.01", "exact:0.01")
     num_layers: int = 16
     hidden_size: int = 4096
     num_q_heads: int = 32
     num_kv_heads: int = 8
-    new_tokens: int = 64
+    new_tokens: int = 32
     seed: int = 0
     device: str = "cuda"
 
 
-def run(config: Config) -> Iterator[dict]:
-    """Yield one row per policy: milliseconds per token, tokens per second, and the speedup against ``dense``."""
+GRAPH_WAYS = (STATIC, "dense", "topk:20", "budget:0.01", "exact:0.01")
+
+
+def run(config: Config) -> list[dict]:
+    """One row per way: milliseconds per token, tokens per second, and the speedup against the fastest dense way."""
     model = make_model(config)
-    dense_ms = None
-    for policy in config.policies:
+    rows = [row(model, way, config) for way in config.ways]
+    dense = [r["token_ms"] for r in rows if r["policy"].removesuffix(FLASH) in DENSE]
+    return [r | {"speedup_vs_best_dense": min(dense) / r["token_ms"] if dense else None} for r in rows]
+
+
+def row(model: Any, way: str, config: Config) -> dict:
+    """One way's row, but for what other ways are needed for."""
+    policy = way.removesuffix(FLASH)
+    flash = way != policy
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if flash else nullcontext():
         cache, arguments = filled(model, policy, config)
-        ms, syncs = timed(model, arguments, cache, config)
-        dense_ms = ms if policy == "dense" else dense_ms
-        del cache, arguments
-        yield {
-            "kv_len": config.kv_len,
-            "policy": policy,
-            "num_layers": config.num_layers,
-            "num_q_heads": config.num_q_heads,
-            "num_kv_heads": config.num_kv_heads,
-            "head_dim": config.hidden_size // config.num_q_heads,
-            "data": "heavy_tailed",
-            "device": config.device,
-            "token_ms": ms,
-            "tokens_per_s": 1e3 / ms,
-            "speedup_vs_dense": None if dense_ms is None else dense_ms / ms,
-            "num_attention_syncs": syncs,
-        }
+        measure = {"generate": in_generate, "graph": in_graph}[config.loop]
+        measured = measure(model, arguments, cache, config)
+    return {
+        "kv_len": config.kv_len,
+        "policy": way,
+        "loop": config.loop,
+        "num_layers": config.num_layers,
+        "num_q_heads": config.num_q_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.hidden_size // config.num_q_heads,
+        "data": "heavy_tailed",
+        "device": config.device,
+        "token_ms": measured["token_ms"],
+        "tokens_per_s": 1e3 / measured["token_ms"],
+    } | measured
 
 
 def make_model(config: Config) -> Any:
@@ -79,14 +98,15 @@ def make_model(config: Config) -> Any:
 
 def filled(model: Any, policy: str, config: Config) -> tuple[Any, dict[str, Any]]:
     """A cache of kv_len synthetic tokens in every layer, and what ``generate`` is to be called with."""
-    if policy == DYNAMIC:
-        name = next(iter(attach(model, policy="dense").kwargs()))  # what this transformers calls the argument
+    room = config.kv_len + 2 * config.new_tokens + BLOCKS_AHEAD
+    louver = attach(model, policy="dense" if policy in DENSE else policy, reserve_tokens=room)
+    cache, arguments = louver, louver.kwargs()
+    if policy in (DYNAMIC, STATIC):
         model.set_attn_implementation("sdpa")
-        cache: Any = DynamicCache(config=model.config)
-        arguments: dict[str, Any] = {name: cache}
-    else:
-        cache = attach(model, policy=policy, reserve_tokens=config.kv_len + 2 * config.new_tokens + 64)
-        arguments = cache.kwargs()
+        cache = (
+            DynamicCache(config=model.config) if policy == DYNAMIC else StaticCache(model.config, max_cache_len=room)
+        )
+        arguments = dict.fromkeys(arguments, cache)  # by what this transformers calls the argument
     for layer in range(config.num_layers):
         data = heavy_tailed(
             config.kv_len,
@@ -98,12 +118,12 @@ def filled(model: Any, policy: str, config: Config) -> tuple[Any, dict[str, Any]
             device=config.device,
         )
         cache.update(data.keys, data.values, layer)
-        if policy != DYNAMIC:
-            cache.layers[layer].attention.observe(data.metric_queries, None, data.q.shape[-1] ** -0.5)
+        if cache is louver:
+            louver.served_layers[layer].attention.observe(data.metric_queries, None, data.q.shape[-1] ** -0.5)
     return cache, arguments
 
 
-def timed(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> tuple[float, int | None]:
+def in_generate(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> dict:
     """Milliseconds per token, and how often one step's attention made the host wait (None where that is not known)."""
 
     def generate(tokens: int) -> None:
@@ -112,10 +132,72 @@ def timed(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> 
         model.generate(ids, **arguments, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
     generate(4)
-    return elapsed(lambda: generate(config.new_tokens), config.device) / config.new_tokens, syncs_of(cache, config)
+    ms = elapsed(lambda: generate(config.new_tokens), config.device) / config.new_tokens
+    return {"token_ms": ms, "num_attention_syncs": syncs_of(cache, config)}
 
 
-def elapsed(call: Callable[[], None], device: str) -> float:
+def in_graph(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> dict:
+    """Milliseconds per token of replays (median of three runs), and how many of the first tokens a loop without a graph gives too."""
+    first = torch.ones(1, dtype=torch.long, device=config.device)
+    if isinstance(cache, StaticCache):
+        decode = captured_static(model, arguments, first, config.kv_len)
+        times = [elapsed(lambda: decode(config.new_tokens // 2), config.device) for _ in range(3)]
+        return {"token_ms": statistics.median(times) / (config.new_tokens // 2), "num_equal_tokens": None}
+    usual = plain_greedy(model, arguments, first, config.new_tokens)
+    cache.crop(config.kv_len - cache.get_seq_length())
+    decoding = CapturedDecoding(model, cache)
+    chosen = decoding.generate(first, config.new_tokens)
+    equal = int((usual == chosen[0]).long().cumprod(0).sum())
+    times = []
+    for _ in range(3):
+        cache.crop(config.kv_len - cache.get_seq_length())
+        times.append(elapsed(lambda: decoding.generate(first, config.new_tokens), config.device))
+    return {
+        "token_ms": statistics.median(times) / config.new_tokens,
+        "num_equal_tokens": equal,
+        "num_tokens": config.new_tokens,
+    }
+
+
+@torch.no_grad()
+def plain_greedy(model: Any, arguments: dict[str, Any], token: Tensor, new_tokens: int) -> Tensor:
+    """The greedy tokens [new_tokens] of one row, launch by launch."""
+    chosen = []
+    for _ in range(new_tokens):
+        token = model(token[:, None], **arguments).logits[:, -1].argmax(-1)
+        chosen.append(token)
+    return torch.cat(chosen)
+
+
+@torch.no_grad()
+def captured_static(model: Any, arguments: dict[str, Any], token: Tensor, held: int) -> Callable[[int], None]:
+    """Greedy decoding over a StaticCache, whose length is on the device as it is, in a graph."""
+    token, position = token[:, None].clone(), torch.full((1, 1), held, device=token.device)
+
+    def step() -> None:
+        logits = model(token, position_ids=position, **arguments).logits[:, -1]
+        token.copy_(logits.argmax(-1, keepdim=True))
+        position.add_(1)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def decode(new_tokens: int) -> None:
+        for _ in range(new_tokens):
+            graph.replay()
+
+    decode(2)
+    return decode
+
+
+def elapsed(call: Callable[[], object], device: str) -> float:
     """Milliseconds of a call, the device's work included."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -151,24 +233,29 @@ def main(arguments: list[str] | None = None) -> None:
     from louver.experiments.rows import write_rows
 
     parser = argparse.ArgumentParser(description="Tokens per second of a random Llama over a long synthetic cache")
-    parser.add_argument("--kv-lens", default="40000,131072", help="tokens in the cache when decoding begins")
-    parser.add_argument("--policies", default=",".join(Config(kv_len=1).policies))
+    parser.add_argument("--kv-lens", default="40000,131072", help="tokens in the cache when generate begins")
+    parser.add_argument("--graph-kv-lens", default="40000,131072,524288", help="and when replays of a graph begin")
     parser.add_argument("--num-layers", type=int, default=16)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--num-q-heads", type=int, default=32)
     parser.add_argument("--num-kv-heads", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", help="write the rows to this file")
     args = vars(parser.parse_args(arguments))
     rows: list[dict] = []
-    path, lengths, policies = args.pop("json"), args.pop("kv_lens"), tuple(args.pop("policies").split(","))
-    for kv_len in map(int, lengths.split(",")):
-        for row in run(Config(kv_len=kv_len, policies=policies, **args)):
-            rows.append(row)
-            gain = "" if row["speedup_vs_dense"] is None else f", {row['speedup_vs_dense']:.2f} x dense"
-            waits = "" if row["num_attention_syncs"] is None else f", {row['num_attention_syncs']} waits a layer"
-            print(f"{kv_len:>7} {row['policy']:12s} {row['token_ms']:7.2f} ms a token{gain}{waits}", flush=True)
+    path, lengths, in_graphs = args.pop("json"), args.pop("kv_lens"), args.pop("graph_kv_lens")
+    loops = [("graph", GRAPH_WAYS, in_graphs), ("generate", Config(kv_len=1).ways, lengths)]
+    for loop, ways, asked in loops:
+        for kv_len in map(int, filter(None, asked.split(","))):
+            for row in run(Config(kv_len=kv_len, loop=loop, ways=ways, **args)):
+                rows.append(row)
+                equal = f", {row['num_equal_tokens']} tokens equal" if row.get("num_equal_tokens") is not None else ""
+                print(
+                    f"{kv_len:>7} {loop:8s} {row['policy']:20s} {row['token_ms']:7.2f} ms a token, "
+                    f"{row['speedup_vs_best_dense']:.2f} x the best dense{equal}",
+                    flush=True,
+                )
             if path:
                 write_rows(path, rows, seed=0)
 

@@ -147,6 +147,18 @@ class DeviceStore:
         self._len = end
         self._kv_len = _per_row(end, self._keys)
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with the room to grow behind them, for whoever writes tokens there itself and then calls ``advance``."""
+        assert self._keys is not None and self._values is not None and not self._borrowed, "buffers of the store's own"
+        return self._keys, self._values
+
+    def advance(self, kv_len: PerRow) -> None:
+        """Take in one token a row that was written into the buffers already; kv_len, on the device, counts it."""
+        assert self._len < self.capacity and not self._ragged
+        self._len += 1
+        self._kv_len = kv_len
+
     def _write(self, keys: Tensor, values: Tensor | None, end: int) -> None:
         """Put the new tokens into the buffers, up to position end."""
         assert self._keys is not None

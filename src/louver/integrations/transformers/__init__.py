@@ -9,7 +9,8 @@ it hands out, and the function recognises its own mark. Any other cache on an at
 
 from louver.integrations.transformers.attach import attach
 from louver.integrations.transformers.cache import LouverCache
+from louver.integrations.transformers.captured import CapturedDecoding
 from louver.integrations.transformers.layer import LouverLayer
 from louver.integrations.transformers.stats import DecodeStats, LayerSummary, Summary
 
-__all__ = ["DecodeStats", "LayerSummary", "LouverCache", "LouverLayer", "Summary", "attach"]
+__all__ = ["CapturedDecoding", "DecodeStats", "LayerSummary", "LouverCache", "LouverLayer", "Summary", "attach"]

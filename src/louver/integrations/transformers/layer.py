@@ -132,8 +132,7 @@ class LouverLayer(CacheLayerMixin):
         self._unanswered += 1
         with ordinary_tensors():
             keys, values = self.attention.append(key_states, value_states)
-        setattr(keys, _MARK, self)
-        return keys, values
+        return mark(keys, self), values
 
     def answered(self) -> None:
         """Note that the attention function found this layer."""
@@ -238,6 +237,12 @@ class LouverLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"LouverLayer({self.layer_idx}, {type(self.attention).__name__}, {self.get_seq_length():,} tokens)"
+
+
+def mark(keys: Tensor, layer: LouverLayer) -> Tensor:
+    """The keys, from which ``layer_of`` finds layer."""
+    setattr(keys, _MARK, layer)
+    return keys
 
 
 def layer_of(keys: Tensor) -> LouverLayer | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from louver.geometry.rounding import UNIT_OF
 from louver.kernels.triton.common import LN2, LOG2E, exp, token_offset
-from louver.kernels.triton.launch import cache_arguments, num_splits, workspace
+from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, workspace
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
 
 LIFT = 15.0  # float16 weights are scaled by 2^15, or small ones would underflow
@@ -162,8 +162,8 @@ def attend_everything(
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     block = 32
     splits = num_splits(batch * num_kv_heads, -(-longest // block), 2)
-    part_out = workspace(q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
-    part_sums = workspace(q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
+    part_out = buffers(workspace, q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
+    part_sums = buffers(workspace, q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)

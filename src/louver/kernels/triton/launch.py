@@ -1,6 +1,8 @@
 """What launchers share: strides of a cache, constants on a device, and buffers kept from step to step."""
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,15 @@ def cache_arguments(keys: Tensor, values: Tensor, block_table: Tensor | None) ->
 def workspace(device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A buffer of this shape, allocated once. Steps of one stream share it; its content means nothing between steps."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
+    """What ``make``, a function with an lru_cache, has for a shape; made anew, and the graph's own, where a graph is captured.
+
+    A graph replays addresses: buffers that a cache may give back, or lend to another stream, must not be among them.
+    """
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (make.__wrapped__ if captured else make)(device, *shape)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def num_splits(rows: int, most: int, per_multiprocessor: int) -> int:

@@ -10,7 +10,6 @@ from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
 from louver.protocols import CutRule
 from louver.sketch.layout import Sketch
 
-
 LONG = 1 << 18  # tokens
 
 

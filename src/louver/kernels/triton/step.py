@@ -31,7 +31,7 @@ from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
 from louver.kernels.triton.finish import finish_kernel
-from louver.kernels.triton.launch import cache_arguments, num_splits, scales_on
+from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, scales_on
 from louver.kernels.triton.plan import Plan, workspace
 from louver.kernels.triton.resolve import resolve_kernel
 from louver.kernels.triton.scan import SAMPLE, prepare_kernel, scan_kernel
@@ -111,7 +111,7 @@ def step(
     native_attend = ranked and native_scan and native.serves_cache(keys, values)
     most = -(-longest // 64)
     exacts = native.num_ctas(rows, most) if native_attend else num_splits(rows, most, 4)
-    w = workspace(q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
+    w = buffers(workspace, q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
     need = max(1, rule.count)
     plan = Plan(
         workspace=w,

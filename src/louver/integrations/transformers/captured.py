@@ -1,0 +1,234 @@
+"""Decode steps of a whole model as replays of one CUDA graph: the host launches once per token instead of once per kernel.
+
+A graph repeats what was captured, addresses and shapes included. So the captured layers write each token behind the last one at a
+position that lives on the device, and attend over the whole reserved buffers with their length on the device; nothing in a step
+depends on the host. Encoding a block that fills is a launch that most steps have no use for, so there is a graph with it and one without.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from louver.attention import LouverAttention
+from louver.errors import OutOfRoomError, PolicyError, UnsupportedModelError
+from louver.index.sketch import SketchIndex
+from louver.integrations.transformers.cache import LouverCache
+from louver.integrations.transformers.layer import LouverLayer, mark, ordinary_tensors
+from louver.integrations.transformers.padding import Padding
+from louver.kernels import get_ops, resolve_backend
+from louver.kernels.ops import TierOutput
+from louver.policies.base import Dense
+
+_WARM_UPS = 2  # steps before the capture, in which kernels are compiled and libraries make their handles
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    logits: Tensor
+    evidence: list[TierOutput | None]
+
+
+class CapturedDecoding:
+    """Decodes one token per call and row, each call a replay: ``logits = decoding(token)``.
+
+    The cache goes on as usual afterwards; whoever changes it in between (another turn, ``crop``) makes the next call capture anew
+    where buffers have moved. Captured steps are not counted in ``cache.stats``; ``evidence`` holds what the last one certified.
+
+    Args:
+        model: on a GPU, prepared by ``attach``; decoding reads its weights where they are now.
+        cache: holds the prompt, without padding, and has room: ``reserve_tokens`` is what it can ever hold in a captured step.
+
+    Raises:
+        UnsupportedModelError: not every layer is served by Louver, a row is padded, or keys and values are not on the GPU.
+        PolicyError: a layer's policy needs more than one look at the bounds.
+    """
+
+    def __init__(self, model: nn.Module, cache: LouverCache) -> None:
+        _check(cache)
+        self._model, self._cache = model, cache
+        self._held = -1  # tokens after the last replay
+        self._layers: list[_CapturedLayer] = []
+        self._graphs: list[_Captured] = []  # of a step that fills no block, and of one that does
+        self.evidence: list[
+            TierOutput | None
+        ] = []  # of the last step, by layer, None under ``dense``; the next call overwrites it
+
+    @torch.no_grad()
+    def __call__(self, token: Tensor) -> Tensor:
+        """The logits [batch, vocabulary] that follow token, int64 [batch]; the next call overwrites them.
+
+        Raises:
+            OutOfRoomError: the reserved tokens are used up.
+        """
+        held = self._cache.get_seq_length()
+        with ordinary_tensors():
+            room = min(_attention(layer).store.capacity for layer in self._cache.served_layers)
+            if held >= room:
+                raise OutOfRoomError(
+                    f"all {room} reserved tokens are held; give LouverCache a larger reserve_tokens before the prompt"
+                )
+            if not self._graphs or any(layer.moved() for layer in self._layers):
+                self._capture(token, held)
+            elif held != self._held:
+                self._clock.set(held)
+            self._token.copy_(token[:, None])
+            captured = self._graphs[any(layer.fills(held + 1) for layer in self._layers)]
+            captured.graph.replay()
+            for layer in self._layers:
+                layer.advance()
+        self._held, self.evidence = held + 1, captured.evidence
+        return captured.logits
+
+    def generate(self, token: Tensor, new_tokens: int) -> Tensor:
+        """Greedy continuation [batch, new_tokens] after token, int64 [batch], without waiting for the device."""
+        chosen = torch.empty(token.shape[0], new_tokens, dtype=torch.long, device=token.device)
+        for i in range(new_tokens):
+            token = chosen[:, i] = self(token).argmax(-1)
+        return chosen
+
+    def _capture(self, token: Tensor, held: int) -> None:
+        self._clock = _Clock(token.shape[0], token.device)
+        self._layers = [_CapturedLayer(layer, self._clock) for layer in self._cache.served_layers]
+        self._token = token[:, None].clone()
+        self._graphs = []
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), self._in_place():
+            for _ in range(_WARM_UPS):
+                self._clock.set(held)
+                self._step(encode=True)
+            self._clock.set(held)
+        torch.cuda.current_stream().wait_stream(side)
+        for encode in (False, True):
+            graph = torch.cuda.CUDAGraph()
+            pool = self._graphs[0].graph.pool() if self._graphs else None  # they never run at the same time
+            with self._in_place(), torch.cuda.graph(graph, pool=pool):
+                logits = self._step(encode)
+            self._graphs.append(_Captured(graph, logits, [layer.step for layer in self._layers]))
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The captured layers in the cache, in place of those they stand for."""
+        usual = self._cache.layers
+        self._cache.layers = list[Any](self._layers)
+        try:
+            yield
+        finally:
+            self._cache.layers = usual
+
+    def _step(self, encode: bool) -> Tensor:
+        for layer in self._layers:
+            layer.encodes = encode
+        self._clock.tick()
+        position = self._clock.position.expand(self._token.shape[0], 1)
+        model: Any = self._model
+        return model(self._token, position_ids=position, use_cache=True, **self._cache.kwargs()).logits[:, -1]
+
+
+class _Clock:
+    """How many tokens there are, on the device: ``kv_len`` of them, the last at ``position``."""
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.kv_len = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def set(self, held: int) -> None:
+        self.position.fill_(held - 1)
+        self.kv_len.fill_(held)
+
+    def tick(self) -> None:
+        self.position += 1
+        self.kv_len += 1
+
+
+class _CapturedLayer(LouverLayer):
+    """A LouverLayer whose length is the clock's."""
+
+    attention: LouverAttention
+    step: TierOutput | None
+    encodes: bool  # in the step that is being captured
+
+    def __init__(self, layer: LouverLayer, clock: _Clock) -> None:
+        super().__init__(layer.layer_idx, lambda _: layer.attention, layer.shared)
+        self.padding, self._clock, self.step = layer.padding, clock, None
+        self._keys, self._values = self.attention.store.buffers
+        self.is_initialized = True
+        policy, index = self.attention.policy, self.attention.index
+        self._policy, self._rule = policy, policy.rule()
+        if isinstance(index, SketchIndex) and not isinstance(policy, Dense):
+            index.refresh()
+            assert index.sketch is not None
+            index.sketch.reserve(self._keys.shape[2] // index.config.frame_len)
+        self._codes = self._sketch_address()
+        self._ops = get_ops(resolve_backend("auto", self._keys.device))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one token at the clock's position; the buffers, marked."""
+        self._keys.index_copy_(2, self._clock.position, key_states)
+        self._values.index_copy_(2, self._clock.position, value_states)
+        return mark(self._keys.view_as(self._keys), self), self._values
+
+    def attend(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor:
+        """One decode step over the buffers up to the clock's length."""
+        place = (self.attention.store.kv_start, self._clock.kv_len, softmax_scale)
+        if self._rule is None:
+            return self._ops.attend_dense(q, self._keys, self._values, *place)[0]
+        policy, index = self._policy, self.attention.index
+        assert isinstance(index, SketchIndex) and index.sketch is not None
+        if self.encodes:
+            self._ops.encode_block(self._keys, self._values, index.sketch, *place[:2])
+        how = (policy.sinks, policy.recent, True)
+        self.step = step = self._ops.step(q, self._keys, self._values, index.sketch, self._rule, *place, *how)
+        return step.out
+
+    def fills(self, kv_len: int) -> bool:
+        """Whether a block is full where there are kv_len tokens."""
+        index = self.attention.index
+        return self._rule is not None and isinstance(index, SketchIndex) and kv_len % index.config.frame_len == 0
+
+    def advance(self) -> None:
+        """Take note, on the host, of the token that a replay wrote, and of the block that it encoded."""
+        self.attention.store.advance(self._clock.kv_len)
+        if self._rule is not None:
+            self.attention.index.refresh()
+
+    def moved(self) -> bool:
+        """Whether what was captured is elsewhere now."""
+        held = self.attention.store.buffers[0]
+        return held.data_ptr() != self._keys.data_ptr() or self._sketch_address() != self._codes
+
+    def _sketch_address(self) -> int:
+        sketch = getattr(self.attention.index, "sketch", None)
+        return 0 if sketch is None else sketch.key_codes.data_ptr()
+
+
+def _check(cache: LouverCache) -> None:
+    if len(cache.served_layers) != len(cache.layers):
+        raise UnsupportedModelError(
+            "a captured step needs every layer served by Louver; this model has others, with caches of their own"
+        )
+    for layer in cache.served_layers:
+        attention = _attention(layer)
+        if attention.store.place != "gpu":
+            raise UnsupportedModelError("a captured step needs keys and values on the GPU")
+        if attention.store.has_padding:
+            raise UnsupportedModelError(
+                "a captured step takes rows without padding; decode padded rows through generate"
+            )
+        dense = isinstance(attention.policy, Dense)
+        if not dense and (attention.policy.rule() is None or not isinstance(attention.index, SketchIndex)):
+            raise PolicyError(
+                f"policy={attention.policy.spec!r} can't be captured; wanted one that the kernels resolve in a single look over the "
+                "sketch, such as 'exact:0.01', 'budget:0.05', 'topk:64' or 'fixed:X', or 'dense'"
+            )
+
+
+def _attention(layer: LouverLayer) -> LouverAttention:
+    if not isinstance(layer.attention, LouverAttention):
+        raise UnsupportedModelError(
+            f"a captured step needs layers served by LouverAttention, got {type(layer.attention).__name__}"
+        )
+    return layer.attention
