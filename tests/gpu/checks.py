@@ -176,6 +176,53 @@ def _check(case: Case, device: str) -> dict[str, float]:
     return {"error": float((error / want.norm(dim=-1)).mean()), "bound": float(bound.median())}
 
 
+ERRORS = [
+    Case(policy="error:0.1"),
+    Case(policy="error:0.3+sinks:3+recent:9", head_dim=128, group=1, pad=7),
+    Case(policy="error:0.02", head_dim=80, dtype=torch.float32, pad=5, frame_len=128, kv_len=700),
+    Case(policy="error:0.1", group=4, huge=True),
+    Case(policy="error:0.1", spread=40.0),
+    Case(policy="error:0.2", group=7, kv_len=1100),
+]
+
+
+def check_within(case: Case, device: str) -> dict[str, float]:
+    """A step under error:EPS keeps what it certifies, in float64, and certifies what was asked; returns what was measured."""
+    from louver.kernels import crossover
+    from louver.kernels.triton import attend_within
+    from louver.policies.output_error import FIRST, OutputError
+    from louver.policies.spec import parse
+
+    q, keys, values, start, stop, index = build(case, device)
+    policy = parse(case.policy)
+    assert isinstance(policy, OutputError) and index.sketch is not None
+    scale, ends = q.shape[2] ** -0.5, (policy.sinks, policy.recent)
+    with crossover.switched(False):
+        done = attend_within(q, keys, values, index.sketch, FIRST, policy.error, start, stop, scale, *ends, True)
+    assert done is not None
+    result, more = done
+    scores, valid, want, _ = truth(q, keys, values, start, stop)
+    assert result.exact_mask is not None
+    assert not (valid & (scores >= result.tau.double()[..., None]) & ~result.exact_mask).any()
+    out = result.out.double()
+    error, bound = (out - want).norm(dim=-1), (result.certificate + result.arithmetic_bound).double()
+    assert (error <= bound).all(), f"error {error.max():.3g} exceeds its certificate {bound.min():.3g}"
+    asked = policy.error * out.norm(dim=-1)
+    met = (bound <= asked) | (result.certificate == 0)
+    assert met.all(), f"{int((~met).sum())} heads are not certified as asked"
+    assert (more >= 0).all()
+    exact = result.counts[..., 4].sum() / result.counts[..., 0].sum()
+    bytes_fraction = float(
+        (result.counts[..., 4].sum() * 4 + result.counts[..., 5].sum() / 2) / (result.counts[..., 0].sum() * 4)
+    )
+    return {
+        "exact": float(exact),
+        "bytes": bytes_fraction,
+        "asked": float((bound / asked).median()),
+        "everything": float((result.certificate == 0).float().mean()),
+    }
+
+
 def check_unknown(policy: str, where: str, bad: float, device: str) -> None:
     """Where dense attention is not finite a step must say that it knows nothing: +inf, never NaN."""
     from louver.kernels import crossover
@@ -276,4 +323,6 @@ def pages(keys, values, page_len: int):
 if __name__ == "__main__":
     for number, case in enumerate(SMALL):
         print(number, case, check(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
+    for case in ERRORS:
+        print(case, check_within(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
     sys.exit(0)

@@ -15,6 +15,8 @@ checks = importlib.import_module("checks")  # which imports triton: only now
 if __name__ == "__main__":
     for case in checks.SMALL:
         print(case.policy, checks.check(case, "cpu"), flush=True)
+    for case in checks.ERRORS[:2]:
+        print(case.policy, checks.check_within(case, "cpu"), flush=True)
     for case in checks.UNKNOWN[1::2]:  # the card takes them all
         checks.check_unknown(*case, "cpu")
         print(*case, flush=True)

@@ -53,6 +53,24 @@ def test_step_keeps_its_promises(case):
     print(checks.check(case, "cuda"))
 
 
+WITHIN = [
+    *checks.ERRORS,
+    Case(policy="error:0.1", head_dim=128, group=4, kv_len=5003, frame_len=128),
+    Case(
+        policy="error:0.02", head_dim=128, group=4, kv_len=9001, frame_len=128, pad=300, batch=3, dtype=torch.bfloat16
+    ),
+    Case(policy="error:0.5", head_dim=64, group=7, kv_len=9001, frame_len=128),
+    Case(policy="error:0.2", head_dim=256, group=4, kv_len=5003, frame_len=128),
+]
+
+
+@pytest.mark.parametrize(
+    "case", WITHIN, ids=lambda c: f"{c.policy}-{c.head_dim}x{c.group}-{c.kv_len}-{str(c.dtype)[6:]}"
+)
+def test_an_error_that_was_asked_for_is_certified(case):
+    print(checks.check_within(case, "cuda"))
+
+
 @pytest.mark.parametrize("policy, where, bad", checks.UNKNOWN)
 def test_bounds_are_infinite_where_dense_attention_is_not_finite(policy, where, bad):
     checks.check_unknown(policy, where, bad, "cuda")

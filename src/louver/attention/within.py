@@ -25,7 +25,7 @@ from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.terms import error_terms
-from louver.policies.output_error import OutputError
+from louver.policies.output_error import FIRST, OutputError
 from louver.protocols import COUNTS, Cuts
 from louver.shapes import PerQueryHead, Query, Values
 from louver.sketch.accounting import value_frame_bytes
@@ -43,6 +43,12 @@ def attend_within(
 ) -> tuple[TierOutput, Int[Tensor, "batch num_kv_heads"]]:
     """One decode step whose certificate is at most error |out| for every head, or 0; and the bytes that its counts don't cover."""
     store, ops = index.store, get_ops(index.backend)
+    fused = getattr(ops, "attend_within", None)
+    if fused is not None:
+        place = (store.kv_start, store.kv_len, scale)
+        done = fused(q, store.keys, values, sketch, FIRST, policy.error, *place, policy.sinks, policy.recent, record)
+        if done is not None:
+            return done
     bounds = index.bounds(q, scale, policy.sinks, policy.recent)
     coded = torch.zeros_like(bounds.undecided)  # keys whose value code some pass has read
 

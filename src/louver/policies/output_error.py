@@ -21,6 +21,7 @@ from louver.shapes import PerQueryHead
 
 BASE_SHARE = 0.002  # exact at the first look
 BASE_UNREAD = 0.2  # share of the mass whose values may go unread at the first look
+FIRST = CutRule(drop=False, share=BASE_SHARE, unread_mass=BASE_UNREAD)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class OutputError(BasePolicy):
 
     def cuts(self, summary: BoundSummary) -> Cuts:
         """The first look: a small share exact, and what has little mass unread."""
-        return resolve(CutRule(drop=False, share=BASE_SHARE, unread_mass=BASE_UNREAD), summary)
+        return resolve(FIRST, summary)
 
     def settle(self, summary: BoundSummary, terms: ErrorTerms, allowed: PerQueryHead) -> Cuts:
         """The cheapest cuts whose terms sum to at most ``allowed`` (in the values' norm), by the histograms.

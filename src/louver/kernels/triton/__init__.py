@@ -8,11 +8,13 @@ from louver.kernels.reference import attend_selection, attend_tiers, bounds, mer
 from louver.kernels.triton.dense import attend_dense
 from louver.kernels.triton.encode import encode_block
 from louver.kernels.triton.step import step
+from louver.kernels.triton.within import attend_within
 
 __all__ = [
     "attend_dense",
     "attend_selection",
     "attend_tiers",
+    "attend_within",
     "bounds",
     "encode_block",
     "merge",

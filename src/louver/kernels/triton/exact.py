@@ -112,13 +112,16 @@ def rank_kernel(
 @triton.jit
 def exact_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
-    listed, list_scores, list_slacks, counters, low, tau, num_blocks, kv_start, kv_len, part_out, part_sums, mask,
+    listed, list_scores, list_slacks, counters, low, tau, num_blocks, kv_start, kv_len, part_out, part_sums, mask, idle,
     num_kv_heads, room, scored, scale, slack_share, weight_slack, mask_stride,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, DROP: tl.constexpr, RECORD: tl.constexpr,
-    RANKED_BEFORE: tl.constexpr,
+    RANKED_BEFORE: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    if AGAIN:  # noqa: SIM102 - as in tiers_kernel
+        if tl.load(idle + pid) != 0:
+            return
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     row = pid // num_kv_heads

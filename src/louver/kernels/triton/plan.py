@@ -6,11 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from louver.geometry.rounded_query import rounded_query_slack
+from louver.geometry.rounding import radius_inflation
 from louver.kernels.triton.common import BINS, COUNTERS, RANK_BINS
+from louver.kernels.triton.launch import buffers, scales_on
 from louver.protocols import CutRule
+from louver.shapes import Keys, PerRow, Query, Values
 from louver.sketch.layout import Sketch
 
 LONG = 1 << 18  # tokens
+SHARE_BITS = 40
+TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
 
 
 class Workspace(NamedTuple):
@@ -106,3 +112,46 @@ def workspace(
 def room_for(tokens: int) -> int:
     """Places in a KV head's list of exact keys: all of a cache's, half of a long one's (36 bytes each where 4 heads share a key)."""
     return min(tokens, max(LONG, tokens // 2))
+
+
+def plan_for(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    sketch: Sketch,
+    rule: CutRule,
+    ends: tuple[PerRow, PerRow],
+    scale: float,
+    block_table: Tensor | None,
+    scans: int,
+    exacts: int,
+) -> Plan:
+    """What the launches of a step over these tensors have in common; its parts are split among ``scans`` and ``exacts`` programs."""
+    num_kv_heads, head_dim = keys.shape[1], q.shape[2]
+    group, rows = q.shape[1] // num_kv_heads, q.shape[0] * num_kv_heads
+    shape = (rows, group, head_dim, sketch.capacity, sketch.config.frame_len, sketch.num_slices, scans, exacts)
+    w = buffers(workspace, q.device, *shape)
+    return Plan(
+        workspace=w,
+        sketch=sketch,
+        rule=rule,
+        keys=keys,
+        values=values,
+        block_table=block_table,
+        place=(sketch.num_blocks, *ends),
+        scales=scales_on(q.device),
+        scale=scale,
+        rows=rows,
+        group=group,
+        num_kv_heads=num_kv_heads,
+        room=w.listed.shape[1],
+        choice=(
+            round(rule.share * (1 << SHARE_BITS)),
+            TOLERANCE,
+            max(1, rule.count),
+            min(max(rule.tau or 0.0, -1e30), 1e30),
+            rule.unread_mass,
+        ),
+        rounding=(*rounded_query_slack(head_dim), radius_inflation(head_dim + 16)),
+        fixed=rule.drop and rule.tau is not None,
+    )

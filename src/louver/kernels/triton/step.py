@@ -21,8 +21,8 @@ import triton
 from jaxtyping import Int
 from torch import Tensor
 
-from louver.geometry.rounded_query import TENSOR_UNIT, rounded_query_slack
-from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma, radius_inflation
+from louver.geometry.rounded_query import TENSOR_UNIT
+from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
 from louver.kernels import crossover as dispatch
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
@@ -31,8 +31,8 @@ from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
 from louver.kernels.triton.finish import finish_kernel
-from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, scales_on
-from louver.kernels.triton.plan import Plan, workspace
+from louver.kernels.triton.launch import cache_arguments, num_splits
+from louver.kernels.triton.plan import Plan, plan_for
 from louver.kernels.triton.resolve import resolve_kernel
 from louver.kernels.triton.scan import SAMPLE, prepare_kernel, scan_kernel
 from louver.kernels.triton.tiers import list_kernel, tiers_kernel
@@ -44,8 +44,6 @@ from louver.sketch.layout import Sketch
 # has less to save per token, so it takes as many bytes, and at least as many tokens.
 crossover = {"drop": 15360, "keep": 18432}
 CROSSOVER_WIDTH = 8 * 128
-SHARE_BITS = 40
-TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
 
 
 def serves(q: Tensor, sketch: Sketch, keys: Tensor, values: Tensor) -> bool:
@@ -85,7 +83,7 @@ def step(
     )  # the bus makes dense slow at any length
     if short and not record_here and keys.dtype == values.dtype:
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
-        return _output(out, evidence, counts, None)
+        return output_of(out, evidence, counts, None)
     if not serves(q, sketch, keys, values):
         return reference_step(
             q,
@@ -104,56 +102,27 @@ def step(
         )
     num_kv_heads = keys.shape[1]
     group, rows = num_q_heads // num_kv_heads, batch * num_kv_heads
-    capacity, frame_len, slices = sketch.capacity, sketch.config.frame_len, sketch.num_slices
+    capacity = sketch.capacity
     native_scan = native.serves_scan(q, sketch, group)
     scans = native.num_ctas(rows, -(-capacity // 8)) if native_scan else num_splits(rows, capacity, 8)
     ranked = rule.drop and rule.tau is None
     native_attend = ranked and native_scan and native.serves_cache(keys, values)
     most = -(-longest // 64)
     exacts = native.num_ctas(rows, most) if native_attend else num_splits(rows, most, 4)
-    w = buffers(workspace, q.device, rows, group, head_dim, capacity, frame_len, slices, scans, exacts)
-    need = max(1, rule.count)
-    plan = Plan(
-        workspace=w,
-        sketch=sketch,
-        rule=rule,
-        keys=keys,
-        values=values,
-        block_table=block_table,
-        place=(sketch.num_blocks, kv_start, kv_len),
-        scales=scales_on(q.device),
-        scale=softmax_scale,
-        rows=rows,
-        group=group,
-        num_kv_heads=num_kv_heads,
-        room=w.listed.shape[1],
-        choice=(
-            round(rule.share * (1 << SHARE_BITS)),
-            TOLERANCE,
-            need,
-            min(max(rule.tau or 0.0, -1e30), 1e30),
-            rule.unread_mass,
-        ),
-        rounding=(*rounded_query_slack(head_dim), radius_inflation(head_dim + 16)),
-        fixed=rule.drop and rule.tau is not None,
-    )
+    plan = plan_for(q, keys, values, sketch, rule, (kv_start, kv_len), softmax_scale, block_table, scans, exacts)
+    w = plan.workspace
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
     if native_scan:
-        floor = _floor(rule, need / max(1, longest))
+        floor = _floor(rule, max(1, rule.count) / max(1, longest))
         native.prepare(plan, x, floor, ranked)
         native.scan(plan, x, sinks, recent, keep_best)
     else:
-        prepare_kernel[(batch * num_q_heads,)](
-            x, sketch.key_center, sketch.num_blocks, w.low, w.hist, w.rank_hist, w.counters, w.finished, w.below,
-            num_q_heads, capacity, softmax_scale, 2 * BINS.value, G=group, D=head_dim, DP=triton.next_power_of_2(head_dim),
-            SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, num_warps=4,
-        )  # fmt: skip
-        _scan(plan, x, sinks, recent, keep_best, scans)
+        scan(plan, x, sinks, recent, keep_best, scans, ranked)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
     slack_share = SAFETY * gamma(head_dim + 2, unit)
     mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else None
     if not native_scan:
-        _sort(plan, scans)
+        sort(plan, scans)
     elif rule.drop:
         native.list_keys(plan)
     else:
@@ -162,23 +131,18 @@ def step(
     evidence = torch.empty(5, batch, num_q_heads, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
     chain = longest / min(scans, exacts) + scans + exacts + 256
-    result = _output(out, evidence, counts, None if mask is None else mask.view(torch.bool))
+    result = output_of(out, evidence, counts, None if mask is None else mask.view(torch.bool))
     if native_attend:
         native.score(plan, slack_share)
         native.attend(plan, exacts, slack_share, mask)
     else:
-        _attend(plan, x, ranked, exacts, slack_share, mask)
+        attend_listed(plan, x, ranked, exacts, slack_share, mask)
     accumulation = chain * (unit if rule.drop else TENSOR_UNIT)
     if native_scan:
         rounding = (accumulation, UNIT_OF[q.dtype])
         native.finish(plan, (exacts, scans), w.raised if native_attend else w.tau, rounding, (out, evidence, counts))
         return result
-    finish_kernel[(batch * num_q_heads,)](
-        w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, sketch.value_mean, w.counters,
-        *plan.place, out, evidence, counts, num_q_heads, num_kv_heads, plan.room, accumulation,
-        UNIT_OF[q.dtype], G=group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=frame_len, EXACTS=exacts, TIERS=scans,
-        NUM_COUNTERS=COUNTERS, DROP=rule.drop, num_warps=4,
-    )  # fmt: skip
+    finish(plan, (exacts, scans), (accumulation, UNIT_OF[q.dtype]), (out, evidence, counts))
     return result
 
 
@@ -201,9 +165,14 @@ def _sizes(plan: Plan) -> tuple[dict, dict, dict]:
     )
 
 
-def _scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool, scans: int) -> None:
-    """The scan and its cuts in Triton."""
+def scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool, scans: int, ranked: bool) -> None:
+    """The grids, the scan and its cuts in Triton."""
     w, sketch = plan.workspace, plan.sketch
+    prepare_kernel[(plan.rows * plan.group,)](
+        x, sketch.key_center, sketch.num_blocks, w.low, w.hist, w.rank_hist, w.counters, w.finished, w.below,
+        plan.num_kv_heads * plan.group, sketch.capacity, plan.scale, 2 * BINS.value, G=plan.group, D=sketch.dims,
+        DP=triton.next_power_of_2(sketch.dims), SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, num_warps=4,
+    )  # fmt: skip
     heads, frames, words = _sizes(plan)
     short, longer = divmod(sketch.dims, sketch.num_slices)
     scan_kernel[(plan.rows, scans)](
@@ -220,8 +189,8 @@ def _scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool, scans
     )  # fmt: skip
 
 
-def _sort(plan: Plan, scans: int) -> None:
-    """List the exact keys, and attend the others where nothing is dropped, in Triton."""
+def sort(plan: Plan, scans: int, again: bool = False) -> None:
+    """List the exact keys, and attend the others where nothing is dropped, in Triton; ``again``: of KV heads that are not idle."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
     heads, frames, words = _sizes(plan)
     ends = (plan.num_kv_heads, sketch.capacity, room)
@@ -237,11 +206,14 @@ def _sort(plan: Plan, scans: int) -> None:
         tiers_kernel[(plan.rows, scans)](
             w.upper, w.reach, sketch.key_radius, values.codes.view(torch.int16), values.center, values.scale, values.error,
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
-            *ends, **heads, **words, **frames, SLICES=sketch.num_slices, NUM_COUNTERS=COUNTERS, STAGES=1, num_warps=4,
+            w.finished, *ends, **heads, **words, **frames, SLICES=sketch.num_slices, NUM_COUNTERS=COUNTERS, STAGES=1,
+            AGAIN=again, num_warps=4,
         )  # fmt: skip
 
 
-def _attend(plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float, mask: Tensor | None) -> None:
+def attend_listed(
+    plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float, mask: Tensor | None, again: bool = False
+) -> None:
     """Settle the rank, and attend the list and the open block exactly."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
     heads, frames, _ = _sizes(plan)
@@ -262,14 +234,27 @@ def _attend(plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
     exact_kernel[(plan.rows, exacts)](
-        x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask,
+        x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask, w.finished,
         plan.num_kv_heads, room, scored, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
         0 if mask is None else mask.shape[2], **tile, DROP=plan.rule.drop, RECORD=mask is not None,
-        RANKED_BEFORE=ranked, BLOCK=32, num_stages=1 if ranked else 3,
+        RANKED_BEFORE=ranked, AGAIN=again, BLOCK=32, num_stages=1 if ranked else 3,
     )  # fmt: skip
 
 
-def _output(out: Tensor, evidence: Tensor, counts: Tensor, mask: Tensor | None) -> TierOutput:
+def finish(
+    plan: Plan, splits: tuple[int, int], rounding: tuple[float, float], result: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Merge ``splits`` (exact, tiers) into output, evidence and counts, in Triton; see native.finish."""
+    w, dims = plan.workspace, plan.sketch.dims
+    finish_kernel[(plan.rows * plan.group,)](
+        w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, plan.sketch.value_mean, w.counters,
+        *plan.place, *result, plan.num_kv_heads * plan.group, plan.num_kv_heads, plan.room, *rounding, G=plan.group, D=dims,
+        DP=triton.next_power_of_2(dims), L=plan.sketch.config.frame_len, EXACTS=splits[0], TIERS=splits[1],
+        NUM_COUNTERS=COUNTERS, DROP=plan.rule.drop, num_warps=4,
+    )  # fmt: skip
+
+
+def output_of(out: Tensor, evidence: Tensor, counts: Tensor, mask: Tensor | None) -> TierOutput:
     lse, certificate, arithmetic, dropped, tau = evidence.unbind(0)
     return TierOutput(
         out=out,

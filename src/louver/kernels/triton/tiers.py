@@ -79,16 +79,20 @@ def _value_part(
 @triton.jit
 def tiers_kernel(
     upper, reach, radius, value_codes, value_center, value_scale, value_error, value_spread, scales, num_blocks, low, cuts,
-    listed, counters, part_out, part_sums, num_kv_heads, capacity, room,
+    listed, counters, part_out, part_sums, idle, num_kv_heads, capacity, room,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
-    SLICES: tl.constexpr, NUM_COUNTERS: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr, NUM_COUNTERS: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     """List the exact keys; attend every other closed key with its estimated weight.
 
     part_sums[head, split] = weights, floors of the true weights, weights of unread keys, surplus, surplus x spread,
-    weight x value error, weight x (spread + error): the terms of the certificate (docs/guarantee.md, 8).
+    weight x value error, weight x (spread + error): the terms of the certificate (docs/guarantee.md, 8). AGAIN: only of KV heads that
+    are not idle, whose cuts have changed; of the others everything stays.
     """
     pid = tl.program_id(0)
+    if AGAIN:  # noqa: SIM102 - the outer one is decided by the compiler
+        if tl.load(idle + pid) != 0:
+            return
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     blocks = tl.load(num_blocks + pid // num_kv_heads)

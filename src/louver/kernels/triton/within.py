@@ -1,0 +1,94 @@
+"""attend_within: a step whose certificate meets a relative error, as a fixed sequence of launches, with no wait for the device.
+
+    prepare, scan, resolve      the bounds, and the first cuts, by a rule
+    tiers, exact, finish        an output with its certificate                     again after every settle
+    settle                      lower the cuts of whoever misses (settle.py)       len(AIMS) times, then: everything exact
+
+Launches of later passes end at once for KV heads whose cuts stayed. The Triton twins of a step's kernels serve it: cuts come from outside.
+What attention/within.py does over any backend's ops, with sums by key where this has a model, and as many passes as it takes.
+"""
+
+# pyright: reportCallIssue=false
+# Constexprs and launch options are no parameters to a type checker.
+
+import torch
+import triton
+from jaxtyping import Int
+from torch import Tensor
+
+from louver.geometry.rounded_query import TENSOR_UNIT
+from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
+from louver.kernels.ops import TierOutput
+from louver.kernels.triton.common import BINS, COUNTERS
+from louver.kernels.triton.launch import buffers, num_splits, workspace
+from louver.kernels.triton.plan import plan_for
+from louver.kernels.triton.settle import settle_kernel
+from louver.kernels.triton.step import attend_listed, finish, output_of, scan, serves, sort
+from louver.protocols import COUNTS, CutRule
+from louver.shapes import Keys, PerRow, Query, Values
+from louver.sketch.accounting import CACHE_BYTES, value_frame_bytes
+from louver.sketch.layout import Sketch
+
+# Of what is allowed, what each pass that lowers cuts aims at. Much too high at first: heads of a group read for one another, which shows
+# only in the next certificate, and cuts never rise again. Whoever misses after the last is exact everywhere.
+AIMS = (2.5, 1.4, 0.95, 0.8)
+
+
+def attend_within(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    sketch: Sketch,
+    first: CutRule,
+    error: float,
+    kv_start: PerRow,
+    kv_len: PerRow,
+    softmax_scale: float,
+    sinks: int = 0,
+    recent: int = 0,
+    record: bool = False,
+) -> tuple[TierOutput, Int[Tensor, "batch num_kv_heads"]] | None:
+    """One step with certificate + arithmetic <= error |out| or certificate 0, per query head; None where no kernel serves these shapes.
+
+    first: the rule of the first cuts. Also returns bytes that the counts don't cover: value codes that a pass read of keys which are
+    exact in the end, at most.
+    """
+    if not serves(q, sketch, keys, values):
+        return None
+    batch, num_q_heads, head_dim = q.shape
+    rows, longest = batch * keys.shape[1], keys.shape[2]
+    scans, exacts = num_splits(rows, sketch.capacity, 8), num_splits(rows, -(-longest // 64), 4)
+    plan = plan_for(q, keys, values, sketch, first, (kv_start, kv_len), softmax_scale, None, scans, exacts)
+    w, device = plan.workspace, q.device
+    x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
+    unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
+    rounding = ((longest / min(scans, exacts) + scans + exacts + 256) * TENSOR_UNIT, UNIT_OF[q.dtype])
+    mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=device) if record else None
+    out = torch.empty(q.shape, dtype=q.dtype, device=device)
+    evidence = torch.empty(5, batch, num_q_heads, device=device)
+    counts = torch.empty(batch, keys.shape[1], 7, dtype=torch.int64, device=device)
+    above = buffers(workspace, device, "bounds_above", (batch * num_q_heads, BINS.value), torch.int32)
+    below = buffers(workspace, device, "grown_below", (batch * num_q_heads, BINS.value), torch.float32)
+
+    def attend(again: bool) -> None:
+        sort(plan, scans, again)
+        attend_listed(plan, x, False, exacts, SAFETY * gamma(head_dim + 2, unit), mask, again)
+        finish(plan, (exacts, scans), rounding, (out, evidence, counts))
+
+    scan(plan, x, sinks, recent, False, scans, False)
+    attend(again=False)
+    looked = counts[..., COUNTS.index("exact")].clone()
+    for aim in (*AIMS, 0.0):
+        w.finished.fill_(1)  # idle, unless a head says otherwise
+        settle_kernel[(batch * num_q_heads,)](
+            w.hist, sketch.value_mean, out, evidence, w.tier_sums, w.low, sketch.num_blocks, w.counters, above, below, w.cuts, w.tau,
+            w.finished, plan.num_kv_heads, error, aim, softmax_scale, float(2 * CACHE_BYTES * head_dim),
+            float(head_dim // 2), G=plan.group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=sketch.config.frame_len,
+            TIERS=scans, TP=triton.next_power_of_2(scans), NUM_COUNTERS=COUNTERS, num_warps=8,
+        )  # fmt: skip
+        w.counters.mul_(w.finished[: plan.rows, None])
+        attend(again=True)
+    columns = dict(zip(COUNTS, counts.unbind(-1), strict=True))
+    more = (columns["exact"] - looked) * (head_dim // 2)
+    more += (columns["blocks"] - columns["value_blocks"]) * value_frame_bytes(head_dim)
+    return output_of(out, evidence, counts, None if mask is None else mask.view(torch.bool)), more
