@@ -7,6 +7,7 @@ dense kernel in a graph); transformers' DynamicCache and StaticCache with its SD
 which plans anew for every length; the rows with ``sdpa`` "flash" keep it from that.
 """
 
+import gc
 import statistics
 import time
 import warnings
@@ -22,11 +23,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Static
 
 from louver.experiments.synthetic import heavy_tailed
 from louver.integrations.transformers import CapturedDecoding, attach
+from louver.kernels.ops import TierOutput
+from louver.protocols import COUNTS
 
 DYNAMIC, STATIC = "DynamicCache", "StaticCache"
 DENSE = ("dense", DYNAMIC, STATIC)
 FLASH = ", flash"  # behind a dense way: torch's flash attention, not what torch would choose
-BLOCKS_AHEAD = 256  # tokens of room, over those that are decoded
+ROOM = 256  # tokens, for what is decoded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,18 @@ class Config:
 
 
 GRAPH_WAYS = (STATIC, "dense", "topk:20", "budget:0.01", "exact:0.01")
+LONGEST_STATIC = 131072  # tokens up to which the slowest way is worth waiting for
 
 
 def run(config: Config) -> list[dict]:
     """One row per way: milliseconds per token, tokens per second, and the speedup against the fastest dense way."""
     model = make_model(config)
-    rows = [row(model, way, config) for way in config.ways]
+    rows = []
+    for way in config.ways:
+        rows.append(row(model, way, config))
+        gc.collect()  # graphs, layers and cache know one another, and hold most of a card
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
     dense = [r["token_ms"] for r in rows if r["policy"].removesuffix(FLASH) in DENSE]
     return [r | {"speedup_vs_best_dense": min(dense) / r["token_ms"] if dense else None} for r in rows]
 
@@ -98,7 +107,7 @@ def make_model(config: Config) -> Any:
 
 def filled(model: Any, policy: str, config: Config) -> tuple[Any, dict[str, Any]]:
     """A cache of kv_len synthetic tokens in every layer, and what ``generate`` is to be called with."""
-    room = config.kv_len + 2 * config.new_tokens + BLOCKS_AHEAD
+    room = config.kv_len + 4 * config.new_tokens + ROOM
     louver = attach(model, policy="dense" if policy in DENSE else policy, reserve_tokens=room)
     cache, arguments = louver, louver.kwargs()
     if policy in (DYNAMIC, STATIC):
@@ -143,30 +152,27 @@ def in_graph(model: Any, arguments: dict[str, Any], cache: Any, config: Config) 
         decode = captured_static(model, arguments, first, config.kv_len)
         times = [elapsed(lambda: decode(config.new_tokens // 2), config.device) for _ in range(3)]
         return {"token_ms": statistics.median(times) / (config.new_tokens // 2), "num_equal_tokens": None}
-    usual = plain_greedy(model, arguments, first, config.new_tokens)
+    usual = CapturedDecoding(model, cache, graph=False).generate(first, config.new_tokens)
     cache.crop(config.kv_len - cache.get_seq_length())
     decoding = CapturedDecoding(model, cache)
     chosen = decoding.generate(first, config.new_tokens)
-    equal = int((usual == chosen[0]).long().cumprod(0).sum())
-    times = []
-    for _ in range(3):
-        cache.crop(config.kv_len - cache.get_seq_length())
-        times.append(elapsed(lambda: decoding.generate(first, config.new_tokens), config.device))
+    equal = int((usual == chosen)[0].long().cumprod(0).sum())
+    times = [elapsed(lambda: decoding.generate(first, config.new_tokens), config.device) for _ in range(3)]
     return {
         "token_ms": statistics.median(times) / config.new_tokens,
         "num_equal_tokens": equal,
         "num_tokens": config.new_tokens,
+        "scanned_fraction": scanned(decoding.evidence),
     }
 
 
-@torch.no_grad()
-def plain_greedy(model: Any, arguments: dict[str, Any], token: Tensor, new_tokens: int) -> Tensor:
-    """The greedy tokens [new_tokens] of one row, launch by launch."""
-    chosen = []
-    for _ in range(new_tokens):
-        token = model(token[:, None], **arguments).logits[:, -1].argmax(-1)
-        chosen.append(token)
-    return torch.cat(chosen)
+def scanned(evidence: list[TierOutput | None]) -> float | None:
+    """Keys read in full over valid keys, in a step of all layers; None where there is no evidence."""
+    tables = [step.counts for step in evidence if step is not None]
+    if not tables:
+        return None
+    counted = dict(zip(COUNTS, torch.cat(tables).sum((0, 1)).tolist(), strict=True))
+    return (counted["scanned"] + counted["open"]) / counted["keys"]
 
 
 @torch.no_grad()
@@ -234,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description="Tokens per second of a random Llama over a long synthetic cache")
     parser.add_argument("--kv-lens", default="40000,131072", help="tokens in the cache when generate begins")
-    parser.add_argument("--graph-kv-lens", default="40000,131072,524288", help="and when replays of a graph begin")
+    parser.add_argument("--graph-kv-lens", default="40000,131072,262144", help="and when replays of a graph begin")
     parser.add_argument("--num-layers", type=int, default=16)
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--num-q-heads", type=int, default=32)
@@ -248,7 +254,8 @@ def main(arguments: list[str] | None = None) -> None:
     loops = [("graph", GRAPH_WAYS, in_graphs), ("generate", Config(kv_len=1).ways, lengths)]
     for loop, ways, asked in loops:
         for kv_len in map(int, filter(None, asked.split(","))):
-            for row in run(Config(kv_len=kv_len, loop=loop, ways=ways, **args)):
+            taken = tuple(way for way in ways if way != STATIC or kv_len <= LONGEST_STATIC)
+            for row in run(Config(kv_len=kv_len, loop=loop, ways=taken, **args)):
                 rows.append(row)
                 equal = f", {row['num_equal_tokens']} tokens equal" if row.get("num_equal_tokens") is not None else ""
                 print(

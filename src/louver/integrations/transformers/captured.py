@@ -5,7 +5,7 @@ position that lives on the device, and attend over the whole reserved buffers wi
 depends on the host. Encoding a block that fills is a launch that most steps have no use for, so there is a graph with it and one without.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ _WARM_UPS = 2  # steps before the capture, in which kernels are compiled and lib
 
 
 class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], object]
     logits: Tensor
     evidence: list[TierOutput | None]
 
@@ -40,15 +40,16 @@ class CapturedDecoding:
     Args:
         model: on a GPU, prepared by ``attach``; decoding reads its weights where they are now.
         cache: holds the prompt, without padding, and has room: ``reserve_tokens`` is what it can ever hold in a captured step.
+        graph: False launches the same steps one kernel at a time, on any device, to look into them.
 
     Raises:
         UnsupportedModelError: not every layer is served by Louver, a row is padded, or keys and values are not on the GPU.
         PolicyError: a layer's policy needs more than one look at the bounds.
     """
 
-    def __init__(self, model: nn.Module, cache: LouverCache) -> None:
-        _check(cache)
-        self._model, self._cache = model, cache
+    def __init__(self, model: nn.Module, cache: LouverCache, *, graph: bool = True) -> None:
+        _check(cache, graph)
+        self._model, self._cache, self._in_graphs = model, cache, graph
         self._held = -1  # tokens after the last replay
         self._layers: list[_CapturedLayer] = []
         self._graphs: list[_Captured] = []  # of a step that fills no block, and of one that does
@@ -76,7 +77,7 @@ class CapturedDecoding:
                 self._clock.set(held)
             self._token.copy_(token[:, None])
             captured = self._graphs[any(layer.fills(held + 1) for layer in self._layers)]
-            captured.graph.replay()
+            captured.replay()
             for layer in self._layers:
                 layer.advance()
         self._held, self.evidence = held + 1, captured.evidence
@@ -93,21 +94,38 @@ class CapturedDecoding:
         self._clock = _Clock(token.shape[0], token.device)
         self._layers = [_CapturedLayer(layer, self._clock) for layer in self._cache.served_layers]
         self._token = token[:, None].clone()
+        # No mask would make transformers build one from the positions; a mask of four dimensions it passes on as it is.
+        self._mask = torch.ones(token.shape[0], 1, 1, 1, dtype=torch.bool, device=token.device)
         self._graphs = []
+        self._clock.set(held)
+        if not self._in_graphs:
+            self._graphs = [self._launched(encode) for encode in (False, True)]
+            return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), self._in_place():
             for _ in range(_WARM_UPS):
-                self._clock.set(held)
                 self._step(encode=True)
-            self._clock.set(held)
+                self._clock.set(held)
         torch.cuda.current_stream().wait_stream(side)
+        pool = torch.cuda.graph_pool_handle()  # the two never run at the same time
         for encode in (False, True):
             graph = torch.cuda.CUDAGraph()
-            pool = self._graphs[0].graph.pool() if self._graphs else None  # they never run at the same time
             with self._in_place(), torch.cuda.graph(graph, pool=pool):
                 logits = self._step(encode)
-            self._graphs.append(_Captured(graph, logits, [layer.step for layer in self._layers]))
+            self._graphs.append(_Captured(graph.replay, logits, [layer.step for layer in self._layers]))
+
+    def _launched(self, encode: bool) -> _Captured:
+        logits = torch.empty(0, device=self._token.device)
+        evidence: list[TierOutput | None] = []
+
+        def launch() -> None:
+            with self._in_place():
+                made = self._step(encode)
+            logits.resize_(made.shape).copy_(made)
+            evidence[:] = [layer.step for layer in self._layers]
+
+        return _Captured(launch, logits, evidence)
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
@@ -125,7 +143,8 @@ class CapturedDecoding:
         self._clock.tick()
         position = self._clock.position.expand(self._token.shape[0], 1)
         model: Any = self._model
-        return model(self._token, position_ids=position, use_cache=True, **self._cache.kwargs()).logits[:, -1]
+        inputs = {"attention_mask": self._mask, "position_ids": position, "use_cache": True}
+        return model(self._token, **inputs, **self._cache.kwargs()).logits[:, -1]
 
 
 class _Clock:
@@ -162,7 +181,7 @@ class _CapturedLayer(LouverLayer):
             index.refresh()
             assert index.sketch is not None
             index.sketch.reserve(self._keys.shape[2] // index.config.frame_len)
-        self._codes = self._sketch_address()
+        self._captured_at = self._addresses()
         self._ops = get_ops(resolve_backend("auto", self._keys.device))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -197,22 +216,22 @@ class _CapturedLayer(LouverLayer):
 
     def moved(self) -> bool:
         """Whether what was captured is elsewhere now."""
-        held = self.attention.store.buffers[0]
-        return held.data_ptr() != self._keys.data_ptr() or self._sketch_address() != self._codes
+        return self._addresses() != self._captured_at
 
-    def _sketch_address(self) -> int:
-        sketch = getattr(self.attention.index, "sketch", None)
-        return 0 if sketch is None else sketch.key_codes.data_ptr()
+    def _addresses(self) -> list[int]:
+        store, sketch = self.attention.store, getattr(self.attention.index, "sketch", None)
+        held = [*store.buffers, store.kv_start] + ([] if sketch is None else [x for _, x in sketch.tensors()])
+        return [x.data_ptr() for x in held]
 
 
-def _check(cache: LouverCache) -> None:
+def _check(cache: LouverCache, graph: bool) -> None:
     if len(cache.served_layers) != len(cache.layers):
         raise UnsupportedModelError(
             "a captured step needs every layer served by Louver; this model has others, with caches of their own"
         )
     for layer in cache.served_layers:
         attention = _attention(layer)
-        if attention.store.place != "gpu":
+        if attention.store.place != "gpu" and graph:
             raise UnsupportedModelError("a captured step needs keys and values on the GPU")
         if attention.store.has_padding:
             raise UnsupportedModelError(
