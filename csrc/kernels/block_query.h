@@ -173,7 +173,14 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
         const bool tiny = top[h] < 1e-30f;
         step[h] = tiny ? 0.0f : top[h] / levels, inverse[h] = tiny ? 0.0f : levels / top[h];
     }
+    // Where a vector does not lie in one half of the query, it goes there by a copy.
+    const int64_t half = scan.half, half_padded = scan.half_padded;
+    const bool direct = half % kLanes == 0;
     alignas(64) int8_t rounded[2][kHeads][kMaxDims];
+    auto place = [&](int plane, int h, int64_t d) LOUVER_ALWAYS_INLINE {
+        int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * half_padded;
+        return !direct ? rounded[plane][h] + d : d < half ? query + d : query + half_padded + d - half;
+    };
     for (int64_t d = 0; d < padded; d += kLanes) {
         const Floats s = load<Floats>(scan.scale + d);
         for (int h = 0; h < kHeads; ++h) {
@@ -183,15 +190,15 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
             missed[h] += abs(p - step[h] * whole);
             count[h] += whole;  // exact: far below 2^24
             const Ints high = scan.planes == 2 ? (i + 128) >> 8 : i;
-            store_bytes(rounded[0][h] + d, high);
-            if (scan.planes == 2) store_bytes(rounded[1][h] + d, i - (high << 8));
+            store_bytes(place(0, h, d), high);
+            if (scan.planes == 2) store_bytes(place(1, h, d), i - (high << 8));
         }
     }
     sum4(missed, missed_sum);
     sum4(count, count_sum);
     slice_reach<kHeads>(scan, g, radius_unit);
     for (int h = 0; h < kHeads; ++h) {
-        for (int plane = 0; plane < scan.planes; ++plane) {
+        for (int plane = 0; plane < scan.planes && !direct; ++plane) {
             int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * scan.half_padded;
             copy_bytes(query, rounded[plane][h], scan.half);
             copy_bytes(query + scan.half_padded, rounded[plane][h] + scan.half, scan.half);

@@ -9,24 +9,15 @@ namespace louver::LOUVER_ISA {
 // The rank-th largest floor (score less rounding) among the keys scored: no member of the true top can be below it.
 inline float nth_floor(const Unit& unit, int64_t g, int64_t rank) {
     const float* scores = unit.scores + g * unit.stride;
-    auto count = [&](float t) {
-        int64_t reached = 0;
-        unit.lists([&](int64_t begin, int64_t n) {
-            const float each = score_error(unit.group.padded) * unit.group.norm[g];
-            Ints total = {};
-            for (int64_t i = 0; i < n; i += kLanes) {
-                const Floats floor =
-                    load<Floats>(scores + begin + i) - (each * load<Floats>(unit.norms + begin + i) + kAbsolute);
-                total -= (floor >= t) & first_lanes(n - i);
-            }
-            for (int lane = 0; lane < kLanes; ++lane) reached += total[lane];
-        });
-        return reached;
-    };
+    const float each = score_error(unit.group.padded) * unit.group.norm[g];
     int64_t scored = 0;
-    unit.lists([&](int64_t, int64_t n) { scored += n; });
-    if (rank > scored) return -kInfinity;
-    return bisect(order_of(-kInfinity), order_of(kInfinity), [&](float t) { return count(t) >= rank; });
+    unit.lists([&](int64_t begin, int64_t n) {
+        for (int64_t i = 0; i < n; i += kLanes)
+            store(unit.packed + scored + i,
+                  load<Floats>(scores + begin + i) - (each * load<Floats>(unit.norms + begin + i) + kAbsolute));
+        scored += n;
+    });
+    return nth_largest(unit.packed, scored, rank);
 }
 
 // Count what was scanned, add up the ceilings of scored keys that a head above whose tau they are leaves out, and take
@@ -72,8 +63,7 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     scan_unit<false>(unit);
     unit.wait();
     const int64_t rank = keys_needed(rule, unit.length);
-    float* fine = unit.cut;
-    float* tau = unit.tau;
+    float *fine = unit.cut, *tau = unit.tau;
     if (!rule.has_tau) {
         unit.my_heads([&](int64_t g) {
             // Decided keys are +infinity among the upper bounds and scored already.
@@ -83,6 +73,18 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
         collect<AlsoFind::nothing>(unit, fine, nullptr);
         unit.wait();
         unit.my_heads([&](int64_t g) { tau[g] = nth_floor(unit, g, rank); });
+        if (unit.scan.planes > 1) {
+            // Many keys lie between the two: scoring the upper half of them first says which of the others need not be.
+            unit.wait();
+            unit.my_heads([&](int64_t g) {
+                unit.before[g] = fine[g];
+                if (tau[g] > -kInfinity && tau[g] < fine[g]) fine[g] = fine[g] + 0.5f * (tau[g] - fine[g]);
+            });
+            unit.wait();
+            collect<AlsoFind::nothing>(unit, fine, unit.before);
+            unit.wait();
+            unit.my_heads([&](int64_t g) { tau[g] = std::fmax(tau[g], nth_floor(unit, g, rank)); });
+        }
     } else {
         unit.my_heads([&](int64_t g) {
             tau[g] = rule.tau;

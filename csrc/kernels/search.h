@@ -85,7 +85,7 @@ inline void search(const Problem& problem, const SketchView& sketch, const float
     Rule rule;
     rule.drop = true;
     const StepOutput output;
-    SearchContext context{make_context(problem, sketch, rule, output, kSearchPlanes, num_threads), tau, &found};
+    SearchContext context{make_context(problem, sketch, rule, output, true, num_threads), tau, &found};
     parallel(num_threads, search_member, &context);
 }
 

@@ -2,6 +2,8 @@
 // of 40,000 values is 2,500 comparisons of 16 lanes, about a microsecond.
 #pragma once
 
+#include <algorithm>
+
 #include "kernels/simd.h"
 
 namespace louver::LOUVER_ISA {
@@ -110,6 +112,21 @@ inline float threshold_for(const float* x, int64_t n, int64_t need, float* packe
         count += __builtin_popcount(mask);
     }
     return count >= need ? threshold_by_counts(packed, count, need) : threshold_by_counts(x, n, need);
+}
+
+// The rank-th largest of x[0 .. n), which is left in another order; -infinity where there are fewer numbers among them.
+inline float nth_largest(float* x, int64_t n, int64_t rank) {
+    const float t = threshold_by_counts(x, n, rank);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const Floats v = load<Floats>(x + i);
+        const uint32_t mask = bits((v >= t) & first_lanes(n - i));
+        store_packed(x + count, v, mask);  // never beyond what was read
+        count += __builtin_popcount(mask);
+    }
+    if (count < rank) return -__builtin_inff();
+    std::nth_element(x, x + rank - 1, x + count, [](float a, float b) { return a > b; });
+    return x[rank - 1];
 }
 
 }  // namespace louver::LOUVER_ISA

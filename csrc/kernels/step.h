@@ -7,9 +7,14 @@
 
 namespace louver::LOUVER_ISA {
 
-// Planes of the query's rounding. docs/kernels.md: a second one tightens bounds by an eighth and costs a step more than
-// it saves; a search has nothing else to do.
-constexpr int kStepPlanes = 1, kSearchPlanes = 2;
+// Planes of the query's rounding. docs/kernels.md: a second one tightens bounds by an eighth. A search has nothing else
+// to do; a retrieval of so large a share saves as much by it as it costs, and reads less.
+constexpr int kSearchPlanes = 2;
+constexpr double kShareOfTwoPlanes = 0.02;
+inline int planes_of(const Rule& rule, int64_t longest) {
+    if (!rule.drop || rule.has_tau) return 1;
+    return static_cast<double>(keys_needed(rule, longest)) >= kShareOfTwoPlanes * static_cast<double>(longest) ? 2 : 1;
+}
 
 // Hands out 64-byte aligned pieces; with a null base it only measures.
 class Arena {
@@ -145,23 +150,25 @@ inline void step_member(void* argument, int rank, Team& team) {
 
 // Memory for all threads, on the caller's scratch.
 inline StepContext make_context(const Problem& problem, const SketchView& sketch, const Rule& rule,
-                                const StepOutput& output, int planes, int num_threads) {
-    StepContext context{&problem, &sketch, &rule, &output, 0, nullptr, 0, 0, planes};
+                                const StepOutput& output, bool search, int num_threads) {
+    StepContext context{&problem, &sketch, &rule, &output, 0, nullptr, 0, 0, 1};
     for (int64_t row = 0; row < problem.batch; ++row)
         context.longest = problem.row_len(row) > context.longest ? problem.row_len(row) : context.longest;
+    context.planes = search ? kSearchPlanes : planes_of(rule, context.longest);
     Unit unit = {};
     Private mine = {};
     unit.rule = &rule;
     const int64_t group = problem.group_size(), padded = padded_dims(sketch.dims);
     context.shared_bytes = lay_out_shared(unit, context.longest, group, padded, num_threads, nullptr);
-    context.private_bytes = lay_out_private(unit, mine, sketch, context.longest, group, padded, planes, nullptr);
+    context.private_bytes =
+        lay_out_private(unit, mine, sketch, context.longest, group, padded, context.planes, nullptr);
     context.memory = scratch((context.shared_bytes + context.private_bytes) * num_threads);
     return context;
 }
 
 inline void step(const Problem& problem, const SketchView& sketch, const Rule& rule, const StepOutput& output,
                  int num_threads) {
-    StepContext context = make_context(problem, sketch, rule, output, kStepPlanes, num_threads);
+    StepContext context = make_context(problem, sketch, rule, output, false, num_threads);
     parallel(num_threads, step_member, &context);
 }
 

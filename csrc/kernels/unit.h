@@ -24,7 +24,7 @@ struct Sums {
 // What a thread finds out while it scans, per head.
 struct Extremes {
     float lower;   // the largest lower bound of any key
-    float top;     // the largest finite upper bound; from `collect` on the largest estimate, where it is asked for
+    float top;     // the largest finite upper bound, or from `collect` on the largest estimate where it is asked for
     float extent;  // the largest |estimate| + half-width
     float peak;    // the largest exact score
 };
@@ -179,7 +179,9 @@ inline void scan_unit(Unit& unit) {
                     finite = select(decided, splat(-kInfinity), finite);
                     lower = select(decided, splat(-kInfinity), lower), extent = select(decided, splat(0), extent);
                 }
-                best_lower = max(best_lower, lower), top = max(top, finite), widest = max(widest, extent);
+                if (floors) best_lower = max(best_lower, lower);
+                if (kSpillEstimates) widest = max(widest, extent);
+                if (!kSpillEstimates) top = max(top, finite);
                 store_some(uppers + token, upper, sketch.frame_len - token);
                 if (kSpillEstimates) store_some(estimates + token, estimate, sketch.frame_len - token);
             });
