@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from louver.kernels.ops import TierOutput
 from louver.policies.mass import Mass
 from louver.policies.output_error import OutputError
 from louver.policies.union import Union
@@ -29,7 +30,7 @@ def everything_where(failed: Tensor, cuts: Cuts) -> Cuts:
     return replace(cuts, unread=lowered(cuts.unread), fine=lowered(cuts.fine), exact=lowered(cuts.exact))
 
 
-def num_asked_violations(policy: Policy, result: AttendResult) -> int:
+def num_asked_violations(policy: Policy, result: AttendResult | TierOutput) -> int:
     """Query heads whose certificate exceeds what the policy asks for: of a mass, or of an output error."""
     asked = asked_mass(policy)
     count = 0 if asked is None else int((~(result.dropped_mass_bound <= asked)).sum())

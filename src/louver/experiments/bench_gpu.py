@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from louver.attention.asked import num_asked_violations
 from louver.experiments.capture import Capture
 from louver.experiments.synthetic import Synthetic, heavy_tailed
 from louver.index.sketch import SketchIndex
 from louver.kernels import crossover, get_ops
 from louver.kernels.ops import TierOutput
+from louver.policies.output_error import FIRST, OutputError
 from louver.policies.spec import parse
 from louver.protocols import StepStats
 from louver.sketch.accounting import byte_weights
@@ -110,16 +112,22 @@ def _run(config: Config) -> Iterator[dict]:
     store, sketch = index.store, index.sketch
     assert sketch is not None
 
-    def decode(spec: str, record: bool = False) -> TierOutput:
-        policy = parse(spec)
+    def decode(spec: str, record: bool = False) -> tuple[TierOutput, Tensor | None]:
+        """A step, and bytes it read that its counts do not cover."""
+        policy, place = parse(spec), (store.kv_start, store.kv_len, scale)
+        if isinstance(policy, OutputError):
+            return ops.attend_within(q, keys, values, sketch, FIRST, policy.error, *place, 0, 0, record)
         rule = policy.rule()
         assert rule is not None
-        return ops.step(q, keys, values, sketch, rule, store.kv_start, store.kv_len, scale, 0, 0, True, record)
+        return ops.step(q, keys, values, sketch, rule, *place, 0, 0, True, record), None
 
     for spec in config.policies:
         runs[spec] = lambda spec=spec: decode(spec)
     times = interleaved(runs, config.repetitions)
-    checked = {spec: check(q, keys, values, decode(spec), decode(spec, True), scale, spec) for spec in config.policies}
+    checked = {}
+    for spec in config.policies:
+        fast, index_bytes = decode(spec)
+        checked[spec] = check(q, keys, values, fast, decode(spec, True)[0], scale, spec) | {"index_bytes": index_bytes}
     medians = {name: percentile(t, 50) for name, t in times.items()}
     dense = [medians[n] for n in ("sdpa_flash", "sdpa_cudnn", "dense") if n in medians]
     torchs = [medians[n] for n in ("sdpa_flash", "sdpa_cudnn") if n in medians]
@@ -151,6 +159,7 @@ def _run(config: Config) -> Iterator[dict]:
                 byte_weights=byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, config.frame_len),
                 head_dim=sketch.head_dim,
                 drops=parse(name).drops,
+                index_bytes=result.pop("index_bytes"),
             )
             row |= {"bytes_fraction": stats.bytes_fraction, "scanned_fraction": stats.fraction("scanned")}
             row |= {"live_fraction": stats.fraction("coarse"), "exact_fraction": stats.fraction("exact"), **result}
@@ -235,8 +244,8 @@ def check(
 ) -> dict:
     """Recall over all keys, true error and certificate of a step, against float64; head by head to bound memory."""
     group = q.shape[1] // keys.shape[1]
-    rule = parse(spec).rule()
-    assert rule is not None
+    policy = parse(spec)
+    rule = policy.rule() or FIRST
     asked = found = lost = 0
     errors, bounds, dropped, dropped_bounds = [], [], [], []
     selected = 0.0
@@ -277,6 +286,7 @@ def check(
         "dropped_mass": sum(dropped) / heads,
         "dropped_mass_bound": sum(dropped_bounds) / heads,
         "num_bound_violations": violations,
+        "num_asked_violations": num_asked_violations(policy, fast),
         "guarantee": "exact" if rule.drop else "certified",
         "counts": fast.counts,
     }
@@ -318,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
             if "recall" in row:
                 more = (
                     f" recall {row['recall']:.6f} lost {row['num_false_negatives']} error {row['output_error']:.4f}"
-                    f" viol {row['num_bound_violations']} scanned {row['scanned_fraction']:.3f} live {row['live_fraction']:.2f}"
+                    f" viol {row['num_bound_violations']} + {row['num_asked_violations']} scanned {row['scanned_fraction']:.3f} live {row['live_fraction']:.2f}"
                     f" bytes {row['bytes_fraction']:.3f}"
                 )
             print(
