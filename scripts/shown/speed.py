@@ -128,6 +128,17 @@ TABLES = {
             ("host syncs of attention", "num_attention_syncs", ""),
         ),
     ),
+    "gpu-decode-graph": Table(
+        file="decode_graph_h100.json",
+        columns=(
+            ("keys in the cache", "kv_len", ","),
+            ("cache", "policy", ""),
+            ("ms per token", "token_ms", ".2f"),
+            ("tokens per second", "tokens_per_s", ".1f"),
+            ("against the best dense", "speedup_vs_best_dense", ".2f"),
+            ("first tokens equal, of 32", "num_equal_tokens", ""),
+        ),
+    ),
     "cpu": _cpu("speed_cpu.json"),
     "cpu-131k": _cpu("speed_cpu_131k.json"),
     "cpu-narrow-float32": _cpu("speed_cpu_smollm2_f32.json"),
