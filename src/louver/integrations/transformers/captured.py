@@ -53,9 +53,8 @@ class CapturedDecoding:
         self._held = -1  # tokens after the last replay
         self._layers: list[_CapturedLayer] = []
         self._graphs: list[_Captured] = []  # of a step that fills no block, and of one that does
-        self.evidence: list[
-            TierOutput | None
-        ] = []  # of the last step, by layer, None under ``dense``; the next call overwrites it
+        # Of the last step, by layer, None under ``dense``; the next call overwrites it.
+        self.evidence: list[TierOutput | None] = []
 
     @torch.no_grad()
     def __call__(self, token: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ class CapturedDecoding:
         return captured.logits
 
     def generate(self, token: Tensor, new_tokens: int) -> Tensor:
-        """Greedy continuation [batch, new_tokens] after token, int64 [batch], without waiting for the device."""
+        """Greedy continuation [batch, new_tokens] after token, int64 [batch]; waits for the device only where a block fills."""
         chosen = torch.empty(token.shape[0], new_tokens, dtype=torch.long, device=token.device)
         for i in range(new_tokens):
             token = chosen[:, i] = self(token).argmax(-1)
@@ -116,7 +115,7 @@ class CapturedDecoding:
             self._graphs.append(_Captured(graph.replay, logits, [layer.step for layer in self._layers]))
 
     def _launched(self, encode: bool) -> _Captured:
-        logits = torch.empty(0, device=self._token.device)
+        logits = torch.empty(0, dtype=getattr(self._model, "dtype", None), device=self._token.device)
         evidence: list[TierOutput | None] = []
 
         def launch() -> None:
