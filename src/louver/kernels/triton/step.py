@@ -44,6 +44,15 @@ from louver.sketch.layout import Sketch
 # has less to save per token, so it takes as many bytes, and at least as many tokens.
 crossover = {"drop": 15360, "keep": 18432}
 CROSSOVER_WIDTH = 8 * 128
+NARROW_AND_SHARED = 2.25  # times as many in a narrower cache of which more than four query heads share a key (28 / 4 heads of 64: measured)
+
+
+def is_short(tokens: int, width: int, group: int, drop: bool) -> bool:
+    """Whether dense is faster for rows of so many tokens. ``width``: channels of a token over KV heads and rows of the batch."""
+    below = crossover["drop" if drop else "keep"]
+    if width < CROSSOVER_WIDTH and group > 4:
+        below *= NARROW_AND_SHARED
+    return tokens * min(width, CROSSOVER_WIDTH) <= below * CROSSOVER_WIDTH
 
 
 def serves(q: Tensor, sketch: Sketch, keys: Tensor, values: Tensor) -> bool:
@@ -76,8 +85,7 @@ def step(
     batch, num_q_heads, head_dim = q.shape
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     record_here = record and block_table is None
-    width = batch * keys.shape[1] * head_dim
-    short = longest * min(width, CROSSOVER_WIDTH) <= crossover["drop" if rule.drop else "keep"] * CROSSOVER_WIDTH
+    short = is_short(longest, batch * keys.shape[1] * head_dim, num_q_heads // keys.shape[1], rule.drop)
     short = (
         short and dispatch.enabled and not (keys.is_cuda and runtime.in_host_memory(keys))
     )  # the bus makes dense slow at any length
