@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PICTURES = {
     "quality": ("quality", 0, "quality"),
     "perplexity_kl": ("perplexity", 0, "perplexity"),
+    "denoising": ("denoising", 0, "denoising"),
     "cliff": ("false-negatives", 1, "false_negatives"),
 }
 

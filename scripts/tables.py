@@ -44,6 +44,8 @@ def cell(value: object, spec: str) -> str:
     """One cell; a figure that a row does not have is a dash."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, list):
+        return " / ".join(cell(one, spec) for one in value)
     return "–" if value is None else format(value, spec).replace("|", "\\|")  # a bar would end the cell
 
 

@@ -66,6 +66,7 @@ def run(
     """
     loaded = load(config.model, on_progress, loaded)
     rows, _ = quality.run(config.on_tasks(), on_progress, loaded, journal)
+    rows = [row for row in rows if row["task"] != "all" or row["kv_len"] is None]  # pooled once, over all lengths
     if config.num_texts:
         text, _ = perplexity.run(config.on_text(), on_progress, loaded, journal)
         rows += [{"task": "text", **row} for row in text]

@@ -7,9 +7,16 @@ from louver.experiments.chart import Axis, Chart
 from louver.experiments.experiment import Column, Experiment
 from louver.experiments.rows import Row
 
+CHANCE = 0.025  # how often a 95% interval lies above zero where nothing is gained
+
+
+def _line(row: Row) -> str:
+    """A task at a length is a line of its own."""
+    return row["task"] if row["kv_len"] is None else f"{row['task']}, {row['kv_len']:,} tokens"
+
 
 def finding(rows: Sequence[Row]) -> str:
-    """Where the paired interval lies above zero: a gain; else that there is none."""
+    """Where the paired interval lies above zero, beside how often chance alone would put one there."""
     tasks = [row for row in rows if row.get("kept_fraction") and "accuracy_gain" in row]
     gains = [row for row in tasks if row["accuracy_gain_low"] > 0]
     texts = [row for row in rows if row.get("kept_fraction") and "perplexity_change" in row]
@@ -19,8 +26,9 @@ def finding(rows: Sequence[Row]) -> str:
         + [f"perplexity at {row['kept_fraction']:.1%}: {row['perplexity_change']:+.2%}" for row in better]
     )
     return (
-        f"Of {len(tasks)} combinations of task and share kept, {len(gains)} beat dense attention with an interval above zero, and "
-        f"{len(better)} of {len(texts)} shares lower the perplexity of text" + (f": {said}." if said else ".")
+        f"Of {len(tasks)} combinations of task and share kept, {len(gains)} beat dense attention with a 95% interval above zero "
+        f"(chance alone: {len(tasks) * CHANCE:.1f}), and {len(better)} of {len(texts)} shares lower the perplexity of text"
+        + (f": {said}." if said else ".")
     )
 
 
@@ -50,7 +58,7 @@ EXPERIMENT = Experiment(
             x="kept_fraction",
             y="accuracy",
             interval=True,
-            series="task",
+            series=_line,
             kind="lines",
             x_axis=Axis(label="share of the keys kept", share=True, log=True),
             y_axis=Axis(label="right answers", share=True, zero=True),
@@ -59,7 +67,7 @@ EXPERIMENT = Experiment(
             title="KL against the share of keys kept",
             x="kept_fraction",
             y="kl_nats",
-            series="task",
+            series=_line,
             kind="lines",
             x_axis=Axis(label="share of the keys kept", share=True, log=True),
             y_axis=Axis(label="KL(dense || method), nats", log=True),
