@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from louver.errors import ShapeError
+from louver.memory import empty
 from louver.shapes import Keys, PerRow, Values, check_keys_values
 
 _ROUND_TOKENS = 64
@@ -215,7 +216,7 @@ class DeviceStore:
             return self._allocate(shape, like.dtype, like.device)
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return empty(shape, dtype, device)
 
     def __deepcopy__(self, memo: dict) -> "DeviceStore":
         twin = copy.copy(self)

@@ -24,6 +24,7 @@ from torch import Tensor
 from louver.errors import PolicyError
 from louver.geometry.bounds import slice_lengths
 from louver.geometry.metric import Metric
+from louver.memory import empty
 
 SCALES = torch.exp2(torch.arange(256, dtype=torch.float64) / 8 - 18).float()  # float32 values are the definition
 CODE_ZERO = 8  # the code that decodes to the frame's center
@@ -131,7 +132,7 @@ class Sketch:
         target = max(num_blocks, self.capacity + self.capacity // 4 + 1)
         for name, x in self.tensors():
             if name in PER_BLOCK:
-                grown = x.new_empty(*x.shape[:2], target, *x.shape[3:])
+                grown = empty((*x.shape[:2], target, *x.shape[3:]), x.dtype, x.device)
                 grown[:, :, : x.shape[2]] = x
                 setattr(self, name, grown)
 
