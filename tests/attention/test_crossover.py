@@ -6,6 +6,7 @@ import torch
 from helpers import build_case, true_scores, within_certificate
 from louver import LouverAttention, attend
 from louver.kernels import available_backends, crossover
+from louver.kernels.cpu import native
 from louver.kernels.cpu.crossover import is_short
 from louver.sketch import SketchConfig
 
@@ -39,17 +40,21 @@ def test_several_tokens_too(case):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tokens", "drops", "short"),
+    ("isa", "dtype", "tokens", "drops", "short"),
     [
-        (torch.float32, 1000, False, True),
-        (torch.float32, 10**4, False, False),
-        (torch.float32, 10**4, True, False),
-        (torch.bfloat16, 10**4, False, True),  # of a narrow key in 16 bits there is little to save
-        (torch.bfloat16, 10**4, True, False),
-        (torch.bfloat16, 10**5, False, False),
+        ("avx512", torch.float32, 1000, False, True),
+        ("avx512", torch.float32, 10**4, False, False),
+        ("avx512", torch.float32, 10**4, True, False),
+        ("avx512", torch.bfloat16, 10**4, False, True),  # of a narrow key in 16 bits there is little to save
+        ("avx512", torch.bfloat16, 10**4, True, False),
+        ("avx512", torch.bfloat16, 10**5, False, False),
+        ("avx2", torch.float32, 900, False, True),
+        ("avx2", torch.bfloat16, 1800, False, True),
+        ("avx2", torch.bfloat16, 4000, False, False),
     ],
 )
-def test_where_it_lies(monkeypatch, dtype, tokens, drops, short):
+def test_where_it_lies(monkeypatch, isa, dtype, tokens, drops, short):
+    monkeypatch.setattr(native, "isa", isa)
     monkeypatch.setattr(crossover, "enabled", True)
     keys = torch.empty(1, 3, 1, 64, dtype=dtype).expand(1, 3, tokens, 64)
     rows = torch.zeros(1, dtype=torch.int32), torch.full((1,), tokens, dtype=torch.int32)

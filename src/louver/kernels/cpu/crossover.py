@@ -3,16 +3,21 @@
 import math
 
 from louver.kernels import crossover
+from louver.kernels.cpu import native
 from louver.shapes import Keys, PerRow
 
 # Tokens up to which dense is faster: FIXED / (bytes of one key - SKETCHED), as measured (docs/kernels.md). A step through the sketch has
 # fixed work to pay, and saves of each key what it is wider than its own share of the sketch's arithmetic.
 FIXED = {"drop": 170_000, "keep": 150_000}
 SKETCHED = {"drop": 85, "keep": 118}
+# With AVX2 the dense kernel, 16 bits wide or 32, is bound by arithmetic: a step through the sketch saves most of it, whatever is kept.
+FIXED_AVX2 = 250_000
 
 
 def most_tokens(head_dim: int, element_size: int, drops: bool) -> float:
     """Tokens of a row up to which the dense kernel is no slower; infinite for keys too narrow to save anything."""
+    if native.instruction_set() == "avx2":
+        return FIXED_AVX2 / (head_dim * element_size)
     kind = "drop" if drops else "keep"
     saved = head_dim * element_size - SKETCHED[kind]
     return FIXED[kind] / saved if saved > 0 else math.inf

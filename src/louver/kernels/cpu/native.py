@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from functools import cache
 from operator import attrgetter, is_
 from types import ModuleType
 from typing import Any
@@ -74,7 +75,12 @@ def sketch_view(sketch: Sketch) -> Any:
 
 def instruction_set() -> str:
     """The one in use: the best this machine has, unless LOUVER_CPU_ISA names another."""
-    return isa or load().instruction_sets()[0]
+    return isa or _best()
+
+
+@cache  # asked at every step
+def _best() -> str:
+    return load().instruction_sets()[0]
 
 
 def num_threads() -> int:
