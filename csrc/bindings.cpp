@@ -1,149 +1,11 @@
-// Glue: arrays in, pointers out. Every array argument is .noconvert(): a silent copy would be filled and thrown away.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
+// Glue: arrays in, pointers out.
+#include "bindings.h"
 
 #include <algorithm>
 #include <memory>
-#include <string>
-#include <vector>
-
-#include "isa.h"
-#include "threads.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace louver {
 namespace {
-
-using Array = nb::ndarray<nb::device::cpu>;
-using MaybeArray = std::optional<Array>;
-using Lengths = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-template <class T>
-T* data(const Array& array) {
-    return reinterpret_cast<T*>(array.data());
-}
-
-void require(bool condition, const char* message) {
-    if (!condition) throw nb::value_error(message);
-}
-
-DType dtype_of(const Array& array) {
-    const auto type = array.dtype();
-    if (type == nb::dtype<float>()) return DType::float32;
-    if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 16) return DType::float16;
-    if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16) return DType::bfloat16;
-    throw nb::value_error("wanted float32, float16 or bfloat16");
-}
-
-bool contiguous(const Array& array) {
-    if (array.size() == 0) return true;
-    int64_t expected = 1;
-    for (size_t i = array.ndim(); i-- > 0;) {
-        if (array.shape(i) != 1 && array.stride(i) != expected) return false;
-        expected *= static_cast<int64_t>(array.shape(i));
-    }
-    return true;
-}
-
-CacheView view_of(const Array& array, const MaybeArray& block_table) {
-    require(array.ndim() == 4,
-            "keys and values are [batch, heads, len, head_dim] or [pages, heads, page_len, head_dim]");
-    CacheView view;
-    view.data = data<const char>(array);
-    view.dtype = dtype_of(array);
-    view.item_bytes = view.dtype == DType::float32 ? 4 : 2;
-    view.stride_batch = array.stride(0), view.stride_head = array.stride(1);
-    view.stride_token = array.stride(2), view.stride_dim = array.stride(3);
-    if (block_table) {
-        require(block_table->ndim() == 2 && block_table->dtype() == nb::dtype<int32_t>() && contiguous(*block_table),
-                "block_table is a contiguous int32 [batch, pages]");
-        view.block_table = data<const int32_t>(*block_table);
-        view.table_width = static_cast<int64_t>(block_table->shape(1));
-        view.page_len = static_cast<int64_t>(array.shape(2));
-    }
-    return view;
-}
-
-// A sketch's tensors, held alive, and the view of them the kernels take.
-class Sketch {
-  public:
-    Sketch(std::vector<MaybeArray> arrays, int64_t frame_len, int64_t head_dim, int metric, bool clip)
-        : arrays_(std::move(arrays)) {
-        require(arrays_.size() == 14, "a sketch has 14 tensors");
-        for (size_t i = 0; i < arrays_.size(); ++i) {
-            require(arrays_[i].has_value() || i > 8, "only the coded values and the pages of a sketch may be missing");
-            require(!arrays_[i] || contiguous(*arrays_[i]), "a sketch's tensors are contiguous");
-        }
-        const Array& codes = *arrays_[2];
-        require(codes.ndim() == 5 && arrays_[6]->ndim() == 4, "a sketch's tensors are laid out as in sketch/layout.py");
-        view.batch = static_cast<int64_t>(arrays_[0]->shape(0));
-        view.heads = codes.shape(1), view.capacity = codes.shape(2);
-        if (arrays_[13]) view.pages = at<int32_t>(13), view.table_width = arrays_[13]->shape(1);
-        view.frame_len = frame_len, view.head_dim = head_dim, view.dims = 2 * static_cast<int64_t>(codes.shape(4));
-        view.slices = arrays_[6]->shape(3);
-        require(view.dims <= 1024, "head_dim above 1024 is not supported by the cpu backend");
-        view.metric = static_cast<Metric>(metric), view.clip = clip;
-        view.coded_values = arrays_[9].has_value();
-        view.num_blocks = at<int32_t>(0), view.query_weight = at<float>(1);
-        view.key_codes = at<uint8_t>(2), view.key_center = at<uint16_t>(3), view.key_scale = at<uint8_t>(4);
-        view.key_radius = at<uint8_t>(5), view.radius_unit = at<float>(6);
-        view.value_mean = at<float>(7), view.value_spread = at<float>(8);
-        view.value_codes = at<uint8_t>(9), view.value_center = at<uint16_t>(10);
-        view.value_scale = at<uint8_t>(11), view.value_error = at<float>(12);
-    }
-    SketchView view;
-
-  private:
-    template <class T>
-    T* at(size_t i) const {
-        return arrays_[i] ? data<T>(*arrays_[i]) : nullptr;
-    }
-    std::vector<MaybeArray> arrays_;
-};
-
-const KernelTable& kernels(const std::string& isa) {
-    int count = 0;
-    const KernelTable* const* tables = available_kernels(&count);
-    if (isa.empty()) return *tables[0];
-    for (int i = 0; i < count; ++i)
-        if (isa == tables[i]->name) return *tables[i];
-    throw nb::value_error(("this machine cannot run the instruction set " + isa).c_str());
-}
-
-// A problem whose rows have no lengths yet.
-Problem problem_of(const Array& q, const Array& keys, const MaybeArray& values, const MaybeArray& block_table,
-                   float softmax_scale) {
-    Problem problem;
-    require(q.ndim() == 3 && contiguous(q), "q is a contiguous [batch, num_q_heads, head_dim]");
-    problem.q = data<const char>(q), problem.q_dtype = dtype_of(q);
-    problem.batch = q.shape(0), problem.num_q_heads = q.shape(1), problem.head_dim = q.shape(2);
-    problem.keys = view_of(keys, block_table);
-    if (values) problem.values = view_of(*values, block_table);
-    problem.num_kv_heads = keys.shape(1);
-    require(problem.num_q_heads % problem.num_kv_heads == 0, "num_q_heads is a multiple of num_kv_heads");
-    require(problem.group_size() <= 96, "at most 96 query heads per KV head are supported by the cpu backend");
-    require(static_cast<int64_t>(keys.shape(3)) == problem.head_dim, "q and keys have the same head_dim");
-    problem.softmax_scale = softmax_scale;
-    return problem;
-}
-
-Problem problem_of(const Array& q, const Array& keys, const MaybeArray& values, const Lengths& kv_start,
-                   const Lengths& kv_len, const MaybeArray& block_table, float softmax_scale) {
-    Problem problem = problem_of(q, keys, values, block_table, softmax_scale);
-    require(static_cast<int64_t>(kv_start.shape(0)) == problem.batch && kv_len.shape(0) == kv_start.shape(0),
-            "kv_start and kv_len are [batch]");
-    problem.kv_start = kv_start.data(), problem.kv_len = kv_len.data();
-    if (!block_table)
-        for (int64_t row = 0; row < problem.batch; ++row)
-            require(problem.kv_start[row] >= 0 && problem.kv_len[row] <= static_cast<int64_t>(keys.shape(2)),
-                    "kv_start and kv_len lie within the keys");
-    return problem;
-}
 
 void encode_block(Sketch& sketch, const Array& keys, const MaybeArray& values, const Lengths& kv_start,
                   const Lengths& kv_len, const MaybeArray& block_table, int num_threads, const std::string& isa) {
@@ -171,8 +33,7 @@ void bounds(const Sketch& sketch, const Array& q, const Array& keys, const Lengt
                  data<float>(known), estimate.shape(2), known.shape(2), num_threads);
 }
 
-// rule: (drop, share, count, tau or None, unread_mass, sinks, recent, keep_best). evidence: float32 [5, batch,
-// num_q_heads], lse, certificate, arithmetic bound, dropped mass bound, tau.
+// rule: (drop, share, count, tau or None, unread_mass, sinks, recent, keep_best).
 void step(const Sketch& sketch, const Array& q, const Array& keys, const Array& values, const Lengths& kv_start,
           const Lengths& kv_len, const MaybeArray& block_table, float softmax_scale, const nb::tuple& rule_values,
           const Array& out, const Array& evidence, const Array& counts, const MaybeArray& exact_mask, int num_threads,
@@ -185,14 +46,7 @@ void step(const Sketch& sketch, const Array& q, const Array& keys, const Array& 
     rule.unread_mass = nb::cast<float>(rule_values[4]), rule.sinks = nb::cast<int64_t>(rule_values[5]);
     rule.recent = nb::cast<int64_t>(rule_values[6]), rule.keep_best = nb::cast<bool>(rule_values[7]);
     require(rule.drop || sketch.view.coded_values, "a rule that drops nothing needs sketched values");
-    const int64_t each = problem.batch * problem.num_q_heads;
-    StepOutput output;
-    output.out = data<char>(out);
-    float* at = data<float>(evidence);
-    output.lse = at, output.certificate = at + each, output.arithmetic = at + 2 * each;
-    output.dropped = at + 3 * each, output.tau = at + 4 * each;
-    output.counts = data<int64_t>(counts);
-    if (exact_mask) output.exact_mask = data<uint8_t>(*exact_mask), output.mask_len = exact_mask->shape(2);
+    const StepOutput output = output_of(problem, out, evidence, counts, exact_mask);
     const KernelTable& table = kernels(isa);
     nb::gil_scoped_release release;
     table.step(problem, sketch.view, rule, output, num_threads);
@@ -333,6 +187,7 @@ NB_MODULE(_native, m) {
     m.def("attend_dense", &attend_dense, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
           "kv_start"_a.noconvert(), "kv_len"_a.noconvert(), "block_table"_a.noconvert().none(), "softmax_scale"_a,
           "out"_a.noconvert(), "lse"_a.noconvert(), "num_threads"_a, "isa"_a);
+    bind_tiers(m);
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets of this build that this machine can run, the best first.");
     m.def("thread_source", &thread_source,

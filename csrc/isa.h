@@ -16,6 +16,20 @@ struct KernelTable {
     void (*score)(const Problem&, const NamedKeys&, float* scores, int num_threads);
     void (*attend_selection)(const Problem&, const NamedKeys&, char* out, float* lse, int num_threads);
     void (*attend_dense)(const Problem&, char* out, float* lse, int num_threads);
+    void (*attend_tiers)(const Problem&, const SketchView&, const BoundsView&, const CutsView&, bool drop,
+                         const uint8_t* again, const StepOutput&, int num_threads);
+    void (*count_tiers)(int64_t batch, int64_t num_kv_heads, int64_t group, int64_t frame_len, const BoundsView&,
+                        const CutsView&, uint8_t* coded, int64_t* counts, int num_threads);
+    void (*summarize)(const Problem&, const float* estimate, const float* half_width, const uint8_t* state,
+                      int64_t state_heads, int64_t sketched, const float* known, int64_t longest, const SummaryView&,
+                      int num_threads);
+    void (*tighten)(const Problem&, const BoundsView&, const float* cut, bool retire, float* estimate,
+                    float* half_width, uint8_t* state, float* known, int64_t longest, int num_threads);
+    void (*settle)(const Problem&, const SketchView&, const BoundsView&, const SummaryView&, const float* away,
+                   const float* allowed, int64_t exact_bytes, int64_t coarse_bytes, float* exact, float* unread,
+                   int num_threads);
+    void (*groups_reach)(const GroupsView&, const float* slack, const float* tau, bool all, uint8_t* out,
+                         int num_threads);
 };
 
 // Tables this machine can run, the best first; never empty.

@@ -114,6 +114,41 @@ struct Rule {
     bool keep_best = false;
 };
 
+// Bounds as the op `bounds` leaves them, [batch, .., sketched] in row coordinates.
+struct BoundsView {
+    const float* estimate = nullptr;     // [batch, num_q_heads, sketched]
+    const float* half_width = nullptr;   // the same
+    const uint8_t* undecided = nullptr;  // [batch, num_kv_heads, sketched]
+    int64_t sketched = 0;
+};
+
+// Thresholds on the upper bound, [batch, num_q_heads] each; see louver.protocols.Cuts.
+struct CutsView {
+    const float *unread = nullptr, *fine = nullptr, *exact = nullptr;
+    const int64_t* rank = nullptr;  // null where there is none
+};
+
+// A BoundSummary; [batch, num_q_heads, ..], kBins bins and kBins + 1 edges.
+constexpr int64_t kBins = 1024;
+struct SummaryView {
+    float* edges = nullptr;
+    int32_t *upper_count = nullptr, *lower_count = nullptr;
+    float *upper_mass = nullptr, *lower_mass = nullptr;
+    float *decided_mass = nullptr, *best_lower = nullptr, *shift = nullptr, *retired_mass = nullptr;
+};
+
+// What keys are to a summary (uint8): those of a block that are exact in any case, or absent; bounded; bounded and
+// given up.
+constexpr int kDecided = 0, kUndecided = 1, kRetired = 2;
+
+// Keys in groups, subspace by subspace, and the groups' upper bounds.
+struct GroupsView {
+    int64_t heads = 0, subspaces = 0, rows = 0, keys = 0, count = 0;  // rows: queries of a head; count: groups
+    const void* group = nullptr;  // [heads, subspaces, keys], int16 or, where wide, int32
+    bool wide = false;
+    const float* upper = nullptr;  // [heads, subspaces, rows, count]
+};
+
 // One decode step's question: q [batch, num_q_heads, head_dim] contiguous, over row tokens kv_start .. kv_len.
 struct Problem {
     const char* q = nullptr;

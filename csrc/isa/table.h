@@ -1,10 +1,16 @@
 // Compiled once per instruction set: defines LOUVER_ISA's kernels and its table.
 #include "isa.h"
+#include "kernels/balls.h"
 #include "kernels/bounds.h"
+#include "kernels/counts.h"
 #include "kernels/dense.h"
 #include "kernels/encode.h"
 #include "kernels/search.h"
 #include "kernels/selection.h"
+#include "kernels/settle.h"
+#include "kernels/summary.h"
+#include "kernels/tiers.h"
+#include "kernels/tighten.h"
 
 namespace louver::LOUVER_ISA {
 
@@ -15,7 +21,7 @@ static void bounds_entry(const Problem& problem, const SketchView& sketch, const
 }
 
 extern const KernelTable table;
-const KernelTable table = {LOUVER_ISA_NAME, encode_block, bounds_entry,     step,
-                           search,          score,        attend_selection, attend_dense};
+const KernelTable table = {LOUVER_ISA_NAME, encode_block, bounds_entry, step,      search,  score,  attend_selection,
+                           attend_dense,    attend_tiers, count_tiers,  summarize, tighten, settle, groups_reach};
 
 }  // namespace louver::LOUVER_ISA

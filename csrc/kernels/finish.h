@@ -58,6 +58,7 @@ LOUVER_INLINE void add(Sums& into, const Sums& other) {
     into.total += other.total, into.floors += other.floors;
     into.rounding += other.rounding, into.rounding_value += other.rounding_value;
     into.surplus += other.surplus, into.surplus_spread += other.surplus_spread;
+    into.moved += other.moved, into.moved_spread += other.moved_spread;
     into.value_miss += other.value_miss, into.size += other.size;
     into.unread += other.unread, into.unread_ceilings += other.unread_ceilings;
     into.left_out += other.left_out;
@@ -73,9 +74,8 @@ inline void clear_sums(Unit& unit) {
 // What dropping keys moved the output by, and the share of the mass it can be.
 inline void finish_dropped(const Unit& unit, const Sums& sums, float away, bool any, float* dropped,
                            float* certificate) {
-    if (!any) return;
+    if (!any || sums.left_out == 0) return;
     double share = sums.left_out / (sums.floors + sums.left_out);
-    if (!(sums.left_out > 0)) share = 0;
     if (sums.floors == 0 || !(share <= 1)) share = 1;
     float furthest = 0;
     for (int64_t b = 0; b < unit.num_blocks; ++b) {
@@ -123,7 +123,8 @@ inline void finish_unit(Unit& unit, bool any_dropped) {
         const double over = floors > 0 ? 1 / floors : empty ? 0.0 : static_cast<double>(kInfinity);
         auto bounded = [](double x) { return x == x ? static_cast<float>(x * (1 + 1e-5)) : kInfinity; };
         float certificate = 0, dropped = 0;
-        const double missed = sums.surplus_spread + sums.surplus * static_cast<double>(away) + sums.value_miss;
+        const double missed = sums.surplus_spread + sums.moved_spread +
+                              (sums.surplus + sums.moved) * static_cast<double>(away) + sums.value_miss;
         if (missed != 0) certificate = bounded(missed * over);
         const double rounding = sums.rounding_value + sums.rounding * static_cast<double>(out_norm + accumulation);
         // The output is rounded to float32 once, then to its dtype; the second is known.
@@ -137,6 +138,7 @@ inline void finish_unit(Unit& unit, bool any_dropped) {
         to.arithmetic[index] = arithmetic;
         to.dropped[index] = dropped;
         to.tau[index] = unit.tau[g];
+        unit.away[g] = away;
     }
     int64_t* counts = to.counts + (unit.row * problem.num_kv_heads + unit.head) * kNumCounts;
     for (int i = 0; i < kNumCounts; ++i) {

@@ -52,10 +52,32 @@ inline bool little_unread(const Unit& unit) {
     return true;
 }
 
+// What weights are relative to, and what arithmetic can add to a logit: collect has found the largest estimate.
+inline void settle_top(Unit& unit) {
+    const float scale = unit.problem->softmax_scale;
+    unit.my_heads([&](int64_t g) {
+        const float peak = over_members(unit, g, &Extremes::peak), upper = over_members(unit, g, &Extremes::top);
+        const float top = peak > upper ? peak : upper, extent = over_members(unit, g, &Extremes::extent);
+        unit.top[g] = top > -kInfinity ? top : 0.0f;
+        // Beyond -87 and 88 nats of the top, weights and floors are zero and ceilings a constant or infinity.
+        unit.logit_slack[g] = 2 * logit_slack(4 * scale * extent + 90);
+        unit.tau[g] = unit.cut[g];
+    });
+}
+
+// The keys of the list are exact.
+inline void count_exact(const Unit& unit) {
+    int64_t* counts = unit.counts + unit.rank * kNumCounts;
+    for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
+        if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += 1;
+        for (int64_t g = 0; g < unit.group.size && unit.output->exact_mask != nullptr; ++g)
+            unit.mark_exact(g, unit.tokens[i]);
+    }
+}
+
 inline void precision_unit(Unit& unit, float* weights, float* value_norms, CoarseScratch& scratch) {
     const Rule& rule = *unit.rule;
     const int64_t group = unit.group.size;
-    const float scale = unit.problem->softmax_scale;
     scan_unit<true>(unit);
     unit.wait();
     const int64_t need = keys_needed(rule, unit.length);
@@ -82,14 +104,7 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
         if (lowered) collect<AlsoFind::top_estimate>(unit, unit.cut, unit.before);
         unit.wait();
     }
-    unit.my_heads([&](int64_t g) {
-        const float peak = over_members(unit, g, &Extremes::peak), upper = over_members(unit, g, &Extremes::top);
-        const float top = peak > upper ? peak : upper, extent = over_members(unit, g, &Extremes::extent);
-        unit.top[g] = top > -kInfinity ? top : 0.0f;
-        // Beyond -87 and 88 nats of the top, weights and floors are zero and ceilings a constant or infinity.
-        unit.logit_slack[g] = 2 * logit_slack(4 * scale * extent + 90);
-        unit.tau[g] = unit.cut[g];
-    });
+    settle_top(unit);
     unit.wait();
     auto keep = [](int64_t, int64_t) LOUVER_ALWAYS_INLINE { return ~Ints{}; };
     for (const double trim : {0.95, 0.8, 0.5, 0.0}) {  // a guess is rarely too high by so much
@@ -109,11 +124,7 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
         if (enough) break;
         unit.wait();
     }
-    int64_t* counts = unit.counts + unit.rank * kNumCounts;
-    for (int64_t i = unit.list_begin; i < unit.list_begin + unit.my_count(); ++i) {
-        if (unit.tokens[i] < unit.closed) counts[kScanned] += 1, counts[kExact] += 1;
-        for (int64_t g = 0; g < group && unit.output->exact_mask != nullptr; ++g) unit.mark_exact(g, unit.tokens[i]);
-    }
+    count_exact(unit);
     unit.wait();
     if (unit.rank == 0) finish_unit(unit, false);
     unit.wait();

@@ -21,9 +21,9 @@ inline float nth_floor(const Unit& unit, int64_t g, int64_t rank) {
 }
 
 // Count what was scanned, add up the ceilings of scored keys that a head above whose tau they are leaves out, and take
-// the keys no head keeps off the list.
-template <class Keep>
-inline void settle_list(Unit& unit, const float* tau, Keep keep) {
+// the keys no head keeps off the list. weigh(g, logit) is at least e^logit.
+template <class Keep, class Weigh>
+inline void settle_list(Unit& unit, const float* tau, Keep keep, Weigh weigh) {
     const int64_t group = unit.group.size, begin = unit.list_begin, end = begin + unit.my_count();
     const float scale = unit.problem->softmax_scale;
     int64_t* counts = unit.counts + unit.rank * kNumCounts;
@@ -36,9 +36,9 @@ inline void settle_list(Unit& unit, const float* tau, Keep keep) {
             const Ints kept = inside & keep(g, at);
             any |= kept;
             const Floats upper = unit.uppers(g, at), score = load<Floats>(unit.scores + g * unit.stride + at);
-            const Floats ceiling = min(upper, score + unit.slacks(g, at));
+            const Floats ceiling = min(score + unit.slacks(g, at), upper);  // upper where the score is NaN
             const Ints left_out = inside & ~kept & (upper >= tau[g]);
-            unit.lanes[g] += select(left_out, exp_above((ceiling - unit.top[g]) * scale), splat(0));
+            unit.lanes[g] += select(left_out, weigh(g, (ceiling - unit.top[g]) * scale), splat(0));
             for (uint32_t todo = bits(kept); unit.output->exact_mask != nullptr && todo != 0; todo &= todo - 1)
                 unit.mark_exact(g, unit.tokens[at + __builtin_ctz(todo)]);
         }
@@ -112,7 +112,7 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
         const Floats upper = unit.uppers(g, at), score = load<Floats>(unit.scores + g * unit.stride + at);
         return (upper == kInfinity) | ((upper >= tau[g]) & ~(score + unit.slacks(g, at) < final_tau[g]));
     };
-    settle_list(unit, tau, keep);
+    settle_list(unit, tau, keep, [](int64_t, Floats logit) LOUVER_ALWAYS_INLINE { return exp_above(logit); });
     for (int64_t g = 0; g < group; ++g)
         if (unit.mass[g] > 0) unit.sum_of(g).left_out += unit.mass[g] * std::exp(unit.rescale[g] + 1e-4) + 1e-300;
     attend_list(unit, weights, value_norms, keep);

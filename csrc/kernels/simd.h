@@ -85,6 +85,19 @@ LOUVER_INLINE void store_some(float* p, Floats x, int64_t n) {
     }
 }
 
+// The first n of kLanes floats, or bytes; the others are zero and not read.
+LOUVER_INLINE Floats load_some(const float* p, int64_t n) {
+    if (n >= kLanes) return load<Floats>(p);
+    Floats x = {};
+    std::memcpy(&x, p, static_cast<size_t>(4 * n));
+    return x;
+}
+LOUVER_INLINE Ints some_bytes(const uint8_t* p, int64_t n) {
+    Bytes x = {};
+    std::memcpy(&x, p, static_cast<size_t>(n < kLanes ? n : kLanes));
+    return (Ints) __builtin_convertvector(x, UInts);
+}
+
 // One bit per true lane.
 LOUVER_INLINE uint32_t bits(Ints mask) {
 #if defined(__AVX512F__)

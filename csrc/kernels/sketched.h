@@ -173,8 +173,8 @@ inline void round_weights(Unit& unit, int64_t b, int64_t g, int64_t count, float
     const float missed = sum(misses), whole = sum(wholes), unread = unit.unread_of[g];
     const double moved = static_cast<double>(missed * (1 + slack_of_sum) + unread * slack_of_sum);
     Sums& sums = unit.sum_of(g);
-    sums.surplus += moved;
-    if (moved > 0) sums.surplus_spread += moved * static_cast<double>(sketch.value_spread[index]);
+    sums.moved += moved;
+    if (moved > 0) sums.moved_spread += moved * static_cast<double>(sketch.value_spread[index]);
     const double used = static_cast<double>(step) * static_cast<double>(whole);
     unit.step_of[g] = step, unit.whole_of[g] = used;
     sums.total += used;

@@ -59,6 +59,7 @@ inline int64_t lay_out_shared(Unit& unit, int64_t longest, int64_t group, int64_
     unit.top = arena.take<float>(group);
     unit.rescale = arena.take<double>(group);
     unit.logit_slack = arena.take<float>(group), unit.live_above = arena.take<float>(group);
+    unit.away = arena.take<float>(group);
     unit.extremes = arena.take<Extremes>(size * group);
     unit.sums = arena.take<Sums>(size * group);
     unit.out = arena.take<float>(size * group * padded);
@@ -124,22 +125,20 @@ inline Unit make_unit(const StepContext& context, int64_t index, bool shared, in
     unit.keys = Rows{&problem.keys, unit.row, unit.head, start, problem.head_dim, padded};
     unit.values = Rows{&problem.values, unit.row, unit.head, start, problem.head_dim, padded};
     unit.scan = make_scan(sketch, unit.group, unit.row, unit.head, context.planes, mine.scan);
+    const float* mean = sketch.value_mean + (unit.row * sketch.heads + unit.head) * sketch.dims;
+    double squares = 0;
+    for (int64_t d = 0; d < sketch.dims; ++d) squares += static_cast<double>(mean[d]) * static_cast<double>(mean[d]);
+    unit.mean_norm = root_above(squares) + kTinyNorm;
     return unit;
 }
 
 inline void step_member(void* argument, int rank, Team& team) {
     const auto& context = *static_cast<StepContext*>(argument);
     const Problem& problem = *context.problem;
-    const SketchView& sketch = *context.sketch;
     for_units(problem.batch * problem.num_kv_heads, rank, team.size(), [&](int64_t index, bool shared) {
         if (shared) team.barrier();  // the first thread's memory is about to be everyone's
         Private mine = {};
         Unit unit = make_unit(context, index, shared, rank, team, mine);
-        const float* mean = sketch.value_mean + (unit.row * sketch.heads + unit.head) * sketch.dims;
-        double squares = 0;
-        for (int64_t d = 0; d < sketch.dims; ++d)
-            squares += static_cast<double>(mean[d]) * static_cast<double>(mean[d]);
-        unit.mean_norm = root_above(squares) + kTinyNorm;
         if (unit.rule->drop) {
             retrieval_unit(unit, mine.weights, mine.value_norms);
         } else {

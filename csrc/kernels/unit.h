@@ -15,6 +15,7 @@ struct Sums {
     double total, floors;             // weights used; the least their keys can weigh
     double rounding, rounding_value;  // sum of (ceiling - weight) over exact keys, and times |v|
     double surplus, surplus_spread;   // the same over sketched keys, and times the block's value spread
+    double moved, moved_spread;       // what rounding sketched keys' weights moved, and the same times
     double value_miss;                // sum of weight times |v - value used|
     double size;                      // sum of weight times |value used|
     double unread, unread_ceilings;   // weight on the mean value; the most its keys can weigh
@@ -52,6 +53,7 @@ struct Unit {
     double* rescale;                    // [group], shared
     float* logit_slack;                 // [group], shared: what arithmetic can add to a logit
     float* live_above;                  // [group], shared: upper bounds from which a sketched value is read
+    float* away;                        // [group], shared: at least the distance of the output from the mean value
     double* mass;                       // [group], this thread's
     float *value_center, *value_scale;  // [dims], this thread's: the current block's value frame
     float* step_of;                     // [group], this thread's: a block's weight unit

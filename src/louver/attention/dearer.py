@@ -4,22 +4,16 @@ The sketch has been read by then, and stays counted: such a head reads 1 + the s
 is 0, and its keys and values are read as one stream. Tensor code throughout: no host waits for the decision.
 """
 
-import torch
+from types import ModuleType
+
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from louver.attention.asked import everything_where
 from louver.kernels.ops import Bounds
 from louver.protocols import COUNTS, Cuts
-from louver.shapes import PerQueryHead
 from louver.sketch.accounting import CACHE_BYTES, byte_weights
 from louver.sketch.layout import Sketch
-
-
-def shared_by_group(bounds: Bounds, cut: PerQueryHead) -> Bool[Tensor, "batch num_kv_heads sketched"]:
-    """The undecided keys whose upper bound reaches the cut for some head of the group."""
-    reached = ~(bounds.upper < cut[..., None])
-    return reached.unflatten(1, (bounds.undecided.shape[1], -1)).any(2) & bounds.undecided
 
 
 def blocks_of(keys: Bool[Tensor, "batch num_kv_heads sketched"], frame_len: int) -> Int[Tensor, "batch num_kv_heads"]:
@@ -27,28 +21,20 @@ def blocks_of(keys: Bool[Tensor, "batch num_kv_heads sketched"], frame_len: int)
     return keys.unflatten(-1, (-1, frame_len)).any(-1).sum(-1)
 
 
-def dense_where_dearer(cuts: Cuts, bounds: Bounds, sketch: Sketch, drops: bool) -> Cuts:
+def dense_where_dearer(cuts: Cuts, bounds: Bounds, sketch: Sketch, drops: bool, ops: ModuleType) -> Cuts:
     """The cuts, lowered to everything for the KV heads whose step would read at least as much as dense attention.
 
     A dropping step is taken to read the values of all keys that it scores: which of them it keeps is known only afterwards.
     """
     frame_len, num_keys = sketch.config.frame_len, bounds.summary.num_keys[:, None]
     closed = sketch.num_blocks[:, None] * frame_len
-    exact = shared_by_group(bounds, cuts.unread if drops else cuts.exact)
-    coarse = torch.zeros_like(exact) if drops else shared_by_group(bounds, cuts.unread) & ~exact
-    decided = closed - bounds.undecided.sum(-1)  # of the closed keys
-    read = decided + exact.sum(-1)
-    columns = {
-        "keys": num_keys,
-        "blocks": sketch.num_blocks[:, None],
-        "open": num_keys - closed,
-        "scanned": read,
-        "exact": read,
-        "coarse": coarse.sum(-1),
-        "value_blocks": blocks_of(coarse, frame_len),
-    }
-    weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, frame_len)
-    spent = sum((columns[name] * weight for name, weight in zip(COUNTS, weights, strict=True)), torch.zeros_like(read))
+    lowest = cuts.unread if drops else cuts.exact
+    undecided, exact, coarse, value_blocks = ops.count_tiers(bounds, cuts.unread, lowest, frame_len).unbind(-1)
+    sizes = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, frame_len)
+    weight = dict(zip(COUNTS, sizes, strict=True))
+    spent = sketch.num_blocks[:, None] * weight["blocks"] + (num_keys - closed) * weight["open"]
+    spent = spent + (closed - undecided + exact) * (weight["scanned"] + weight["exact"])
+    spent = spent + coarse * weight["coarse"] + value_blocks * weight["value_blocks"]
     dearer = (spent >= num_keys * 2 * CACHE_BYTES * sketch.head_dim) & (num_keys > 0)
     dearer = dearer.repeat_interleave(cuts.exact.shape[1] // dearer.shape[1], 1)
     return everything_where(dearer, cuts)

@@ -16,7 +16,6 @@ from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.sample import sample_scores
 from louver.kernels.reference.step import keep_the_best
-from louver.kernels.reference.tighten import tighten
 from louver.protocols import COUNTS, Policy
 from louver.shapes import Query, Values
 from louver.sketch.layout import Sketch
@@ -47,7 +46,7 @@ def attend_in_looks(
     for look in range(1, policy.looks):
         last = look == policy.looks - 1
         scored = torch.minimum(scored, cuts.exact if last else cuts.fine)
-        summary = tighten(q, store.keys, bounds, scored, *place, retire=last)
+        summary = ops.tighten(q, store.keys, bounds, scored, *place, retire=last)
         cuts = policy.cuts(replace(summary, sample=bounds.summary.sample))
     if policy.looks > 1:
         cuts = replace(cuts, unread=scored)
@@ -55,7 +54,7 @@ def attend_in_looks(
         cuts = keep_the_best(cuts, summary)
     asked = asked_mass(policy)
     if asked is not None:
-        cuts = dense_where_dearer(cuts, bounds, sketch, policy.drops)
+        cuts = dense_where_dearer(cuts, bounds, sketch, policy.drops, ops)
     step = ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, policy.drops, record)
     if asked is not None and bool((failed := ~(step.dropped_mass_bound <= asked)).any()):
         group = failed.shape[1] // bounds.undecided.shape[1]

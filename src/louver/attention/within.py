@@ -15,16 +15,15 @@ import warnings
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from louver.attention.asked import everything_where
-from louver.attention.dearer import blocks_of, dense_where_dearer, shared_by_group
+from louver.attention.dearer import blocks_of, dense_where_dearer
 from louver.errors import LouverWarning
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
-from louver.kernels.reference.terms import error_terms
 from louver.policies.output_error import FIRST, OutputError
 from louver.protocols import COUNTS, Cuts
 from louver.shapes import PerQueryHead, Query, Values
@@ -52,29 +51,34 @@ def attend_within(
     bounds = index.bounds(q, scale, policy.sinks, policy.recent)
     coded = torch.zeros_like(bounds.undecided)  # keys whose value code some pass has read
 
-    def attend(cuts: Cuts) -> TierOutput:
-        nonlocal coded
+    def attend(cuts: Cuts, before: tuple[TierOutput, Cuts] | None = None) -> tuple[TierOutput, Cuts]:
+        """The step under cuts, and the cuts it took; KV heads that keep the cuts of the pass before keep its results."""
+        cuts = dense_where_dearer(cuts, bounds, sketch, False, ops)
+        ops.count_tiers(bounds, cuts.unread, cuts.exact, sketch.config.frame_len, coded)
         place = (store.kv_start, store.kv_len, scale)
-        cuts = dense_where_dearer(cuts, bounds, sketch, False)
-        coded = coded | (shared_by_group(bounds, cuts.unread) & ~shared_by_group(bounds, cuts.exact))
-        return ops.attend_tiers(q, store.keys, values, sketch, bounds, cuts, *place, False, record)
+        same = None if before is None else (before[0], _changed(before[1], cuts, coded.shape[1]))
+        step = ops.attend_tiers(
+            q, store.keys, values, sketch, bounds, cuts, *place, drop=False, record=record, before=same
+        )
+        return step, cuts
 
     cuts = policy.cuts(bounds.summary)
-    step = attend(cuts)
-    aim = torch.full_like(step.certificate, FIRST_AIM)
+    step, taken = attend(cuts)
+    allowed = allowed_error(step, policy)
+    aim = torch.full_like(allowed, FIRST_AIM)
     for _ in range(PASSES):
-        allowed = allowed_error(step, policy)
         if not bool((missed := ~(step.certificate <= allowed)).any()):
             break
-        wanted = policy.settle(bounds.summary, error_terms(step.out, sketch, bounds), aim * allowed)
+        wanted = ops.settle(step.out, sketch, bounds, torch.where(missed, aim * allowed, torch.inf))
         cuts = _lower_where(missed, cuts, wanted)
-        step = attend(cuts)
-        reached = (allowed_error(step, policy) / step.certificate).nan_to_num(0.0, posinf=1.0).clamp(0, 1)
+        step, taken = attend(cuts, (step, taken))
+        allowed = allowed_error(step, policy)
+        reached = (allowed / step.certificate).nan_to_num(0.0, posinf=1.0).clamp(0, 1)
         aim = torch.where(reached < 1, aim * AIM * reached, aim)
     # Making one head of a group exact moves its neighbours' outputs, so look once more until nobody misses.
     while bool((missed := ~(step.certificate <= allowed_error(step, policy))).any()):
         cuts = everything_where(missed, cuts)
-        step = attend(cuts)
+        step, taken = attend(cuts, (step, taken))
         if not bool((step.certificate > 0)[missed].any()) and not bool(torch.isnan(step.certificate).any()):
             continue
         break  # not finite: nothing can be promised, and the certificate says so
@@ -97,6 +101,12 @@ def allowed_error(step: TierOutput, policy: OutputError) -> PerQueryHead:
     norm = step.out.double().norm(dim=-1) * (1 - 1e-5)  # rounded down, and with it the difference
     allowed = (policy.error * norm).float() - step.arithmetic_bound
     return allowed.nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+
+
+def _changed(before: Cuts, after: Cuts, num_kv_heads: int) -> Bool[Tensor, "batch num_kv_heads"]:
+    """The KV heads of which a query head's thresholds moved."""
+    moved = (before.exact != after.exact) | (before.unread != after.unread)
+    return moved.unflatten(1, (num_kv_heads, -1)).any(2)
 
 
 def _lower_where(missed: Tensor, cuts: Cuts, wanted: Cuts) -> Cuts:

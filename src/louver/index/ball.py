@@ -19,8 +19,9 @@ from louver.geometry.rounding import norm_above, score_slack
 from louver.geometry.subspaces import Subspaces, subspaces
 from louver.index.ball_row import BallConfig, BallRow, GroupBounds, cut, empty_row, fold
 from louver.index.results import Selection
+from louver.kernels import get_ops, resolve_backend
 from louver.kernels.reference.bounds import summarize
-from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, to_tokens, valid_rows
+from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, valid_rows
 from louver.kv.device import DeviceStore
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau, group_heads
@@ -33,11 +34,12 @@ class BallIndex:
 
     guarantee: ClassVar[Guarantee] = "exact"
 
-    def __init__(self, store: KVStore, *, config: BallConfig | None = None) -> None:
-        """Index a store. The index starts empty; ``refresh`` takes in what the store holds."""
+    def __init__(self, store: KVStore, *, config: BallConfig | None = None, backend: str = "auto") -> None:
+        """Index a store. The index starts empty; ``refresh`` takes in what the store holds. backend: speed only."""
         self.store = store
         self.config = config or BallConfig()
-        self.backend = "reference"
+        self.backend = resolve_backend(backend)
+        self._asked_backend = backend
         self.rows: list[BallRow] = []
         self._split: Subspaces | None = None
         self._folded_start: Tensor | None = None
@@ -50,6 +52,7 @@ class BallIndex:
         *,
         kv_start: PerRow | None = None,
         kv_len: PerRow | None = None,
+        backend: str = "auto",
         **options,
     ) -> "BallIndex":
         """Index keys [batch, num_kv_heads, kv_len, head_dim], kept and not copied; options are BallConfig's fields.
@@ -67,7 +70,7 @@ class BallIndex:
             >>> int(index.search(q, torch.full((1, 4), 50.0), rule="ta").row(0, 0)[0][0])
             7
         """
-        index = cls(DeviceStore.wrap(keys, values, kv_start, kv_len), config=BallConfig(**options))
+        index = cls(DeviceStore.wrap(keys, values, kv_start, kv_len), config=BallConfig(**options), backend=backend)
         index.refresh()
         return index
 
@@ -75,6 +78,7 @@ class BallIndex:
         """Fold in the buffers that are full; shorter ones stay and are scanned."""
         keys, start = self.store.keys, self.store.kv_start
         if self._split is None:
+            self.backend = resolve_backend(self._asked_backend, keys.device)
             self._split = subspaces(keys.shape[3], self.config.subspaces, self.config.slicing, self.config.seed)
         if self._folded_start is None or not torch.equal(self._folded_start, start):
             self.rows = [empty_row(keys.shape[1], self._split, self.config, keys.device)] * keys.shape[0]
@@ -101,8 +105,9 @@ class BallIndex:
         check_tau(tau, q)
         tau = tau.float()
         candidate = self.candidates(q, tau, rule or self.config.rule)
-        scores, slack = self._scores(q)
-        return self._selection(q, candidate, candidate & ~(scores + slack < tau[..., None]))
+        place, x, k = self._survivors(q, candidate)
+        scores, slack = _scored(x, k, q.shape[2])
+        return self._selection(candidate, place, scores, ~(scores + slack < tau[place[0], place[1]]))
 
     def search_intersection(self, q: Query, tau_per_subspace: Tensor) -> Selection:
         """Every key with q_s . k_s >= tau_per_subspace[..., s] in all subspaces s: an intersection of halfspaces (rule AND).
@@ -121,28 +126,23 @@ class BallIndex:
             )
         tau = tau_per_subspace.float()
         candidate = self.candidates_in_all(q, tau)
-        length, longest = row_lengths(self.store.kv_start, self.store.kv_len)
-        rows = to_rows(self.store.keys, self.store.kv_start, length, longest)
-        slices, queries = self.split.split(rows), self.split.split(q)
-        selected = candidate
+        place, x, k = self._survivors(q, candidate)
         turned = 0.0
         if self.split.rotation is not None:
-            norms = norm_above(rows.float()).repeat_interleave(q.shape[1] // rows.shape[1], 1)
-            turned = self.split.rounding * norm_above(q.float())[..., None] * norms
-        for s in range(self.split.count):
-            scores, absolute = exact_scores(queries[:, :, s], slices[:, :, :, s])
-            slack = score_slack(absolute, self.split.width) + turned
-            selected = selected & ~(scores + slack < tau[..., s, None])
-        return self._selection(q, candidate, selected)
+            turned = (self.split.rounding * norm_above(x) * norm_above(k))[:, None]
+        scores, slack = _scored(self.split.split(x), self.split.split(k), self.split.width)
+        inside = ~(scores + (slack + turned) < tau[place[0], place[1]]).any(-1)
+        return self._selection(candidate, place, (x * k).sum(-1), inside)
 
     def candidates(self, q: Query, tau: PerQueryHead, rule: str) -> Bool[Tensor, "batch num_q_heads longest"]:
         """The keys a rule can't rule out, in row coordinates: what a search reads in full."""
         if rule not in RULES:
             raise PolicyError(f"rule={rule!r} is unknown; wanted 'sum' or 'ta'")
+        ops = get_ops(self.backend)
         out = self._everything(q)
         for i, (row, bounds) in enumerate(self.row_bounds(q)):
             t = group_heads(tau, self.store.keys.shape[1])[i]
-            keep = ~(row.add_up(bounds.upper) + bounds.total_slack[..., None] < t[..., None])
+            keep = ops.sum_reaches(row.group, bounds.upper, bounds.total_slack, t)
             if rule == "ta":
                 keep = keep & row.seen_by_ta(bounds, t)
             out[i, :, : row.num_folded] &= (keep | ~row.bounded[:, None]).flatten(0, 1)
@@ -153,12 +153,8 @@ class BallIndex:
         out = self._everything(q)
         for i, (row, bounds) in enumerate(self.row_bounds(q)):
             t = group_heads(tau, self.store.keys.shape[1])[i]
-            keep = ~row.bounded[:, None].expand(-1, t.shape[1], -1)
-            inside = torch.ones_like(keep)
-            for s in range(self.split.count):
-                upper = row.at_keys(bounds.upper, s) + bounds.slack[:, s, :, None]
-                inside = inside & ~(upper < t[..., s, None])
-            out[i, :, : row.num_folded] &= (keep | inside).flatten(0, 1)
+            inside = get_ops(self.backend).all_reach(row.group, bounds.upper, bounds.slack, t)
+            out[i, :, : row.num_folded] &= (inside | ~row.bounded[:, None]).flatten(0, 1)
         return out
 
     def bounds(self, q: Query) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,8 +233,30 @@ class BallIndex:
         scores, absolute = exact_scores(q, to_rows(self.store.keys, self.store.kv_start, length, longest))
         return scores, score_slack(absolute, q.shape[2])
 
-    def _selection(self, q: Query, candidate: Tensor, selected: Tensor) -> Selection:
+    def _survivors(self, q: Query, candidate: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
+        """Row, query head and token of every candidate, in order; and their queries and keys, float32 [survivors, head_dim]."""
         keys = self.store.keys
-        mask = to_tokens(selected, self.store.kv_start, keys.shape[2])
-        scanned = group_heads(candidate, keys.shape[1]).any(2).sum(-1)
-        return Selection.of_mask(mask, q, keys, scanned, self.store.kv_len - self.store.kv_start)
+        row, head, index = candidate.nonzero().unbind(1)
+        token = index + self.store.kv_start[row]
+        return (row, head, token), q[row, head].float(), keys[row, head // (q.shape[1] // keys.shape[1]), token].float()
+
+    def _selection(
+        self, candidate: Tensor, place: tuple[Tensor, Tensor, Tensor], scores: Tensor, kept: Tensor
+    ) -> Selection:
+        row, head, token = place
+        batch, num_q_heads = candidate.shape[:2]
+        count = (row * num_q_heads + head)[kept].bincount(minlength=batch * num_q_heads)
+        return Selection(
+            indptr=torch.nn.functional.pad(count.cumsum(0), (1, 0)),
+            indices=token[kept],
+            scores=scores[kept],
+            num_scanned=group_heads(candidate, self.store.keys.shape[1]).any(2).sum(-1),
+            num_keys=self.store.kv_len - self.store.kv_start,
+            num_q_heads=num_q_heads,
+        )
+
+
+def _scored(x: Tensor, k: Tensor, terms: int) -> tuple[Tensor, Tensor]:
+    """Scores over the last axis, one query a key, and their slack."""
+    product = x * k
+    return product.sum(-1), score_slack(product.abs().sum(-1), terms)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from louver.errors import PolicyError
@@ -19,6 +19,7 @@ from louver.geometry.box import Boxes
 from louver.geometry.grouping import Grouping, group_points
 from louver.geometry.rounding import ABSOLUTE, SAFETY, gamma, norm_above
 from louver.geometry.subspaces import Slicing, Subspaces
+from louver.kernels.reference.groups import add_up, at_keys
 from louver.kernels.reference.product import true_float32
 
 CELL_KEYS = 8192  # a cell holds CELL_KEYS / subspaces keys: building costs the same for any number of subspaces
@@ -120,16 +121,8 @@ class BallRow:
         )
 
     def add_up(self, of_groups: Float[Tensor, "heads subspaces group_size groups"]) -> Float[Tensor, "heads rows n"]:
-        """Sum over subspaces of what each key's groups have, always in the same order (TA relies on it)."""
-        total = self.at_keys(of_groups, 0)
-        for s in range(1, self.group.shape[1]):
-            total = total + self.at_keys(of_groups, s)
-        return total
-
-    def at_keys(self, of_groups: Tensor, subspace: int) -> Shaped[Tensor, "heads rows n"]:
-        """What each key's group has in one subspace."""
-        index = self.group[:, subspace, None].long().expand(-1, of_groups.shape[2], -1)
-        return of_groups[:, subspace].gather(-1, index)
+        """Sum over subspaces of what each key's groups have."""
+        return add_up(self.group, of_groups)
 
     def seen_by_ta(self, bounds: GroupBounds, tau: Float[Tensor, "heads group_size"]) -> Bool[Tensor, "heads rows n"]:
         """The keys that Fagin's rule meets before it stops."""
@@ -142,9 +135,9 @@ class BallRow:
             row = row + ordered[:, s]
         depth = (~(row + bounds.total_slack[..., None] < tau[..., None])).sum(-1)  # rows descend, so these come first
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1]).expand_as(order).to(order))
-        seen = self.at_keys(place, 0) < depth[..., None]
+        seen = at_keys(self.group, place, 0) < depth[..., None]
         for s in range(1, ordered.shape[1]):
-            seen = seen | (self.at_keys(place, s) < depth[..., None])
+            seen = seen | (at_keys(self.group, place, s) < depth[..., None])
         return seen
 
 

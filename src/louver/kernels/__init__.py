@@ -16,6 +16,9 @@ from louver.kernels.cpu import native
 OPS = (
     "encode_block",
     "bounds",
+    "tighten",
+    "settle",
+    "count_tiers",
     "resolve",
     "search",
     "score",
@@ -24,6 +27,8 @@ OPS = (
     "attend_dense",
     "merge",
     "step",
+    "sum_reaches",
+    "all_reach",
 )
 _MODULES = {"reference": "louver.kernels.reference", "cpu": "louver.kernels.cpu", "triton": "louver.kernels.triton"}
 

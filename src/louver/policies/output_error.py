@@ -9,15 +9,10 @@ certificate still exceeds EPS |out|, every key of that head is exact, and the ce
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from louver.errors import PolicyError
-from louver.kernels.ops import ErrorTerms
 from louver.kernels.reference.resolve import resolve
 from louver.policies.base import BasePolicy, number
 from louver.protocols import BoundSummary, CutRule, Cuts, Guarantee
-from louver.shapes import PerQueryHead
 
 BASE_SHARE = 0.002  # exact at the first look
 BASE_UNREAD = 0.2  # share of the mass whose values may go unread at the first look
@@ -45,38 +40,3 @@ class OutputError(BasePolicy):
     def cuts(self, summary: BoundSummary) -> Cuts:
         """The first look: a small share exact, and what has little mass unread."""
         return resolve(FIRST, summary)
-
-    def settle(self, summary: BoundSummary, terms: ErrorTerms, allowed: PerQueryHead) -> Cuts:
-        """The cheapest cuts whose terms sum to at most ``allowed`` (in the values' norm), by the histograms.
-
-        Exact above edge i, coarse from i to edge j, unread below: with C(i) the coarse terms below i, and D(j) what the terms below j
-        grow by when they are unread, C(i) + D(j) <= allowed Z(i) is asked, Z(i) being the smallest total mass.
-        """
-        exact, coarse = terms.exact_bytes, terms.coarse_bytes
-        total = summary.decided_mass[..., None] + _above(terms.mass) + _below(summary.lower_mass)
-        room = allowed[..., None] * total - _below(terms.coarse)
-        grown = _below((terms.unread - terms.coarse).clamp_min(0))  # descends with j
-        bins = grown.shape[-1] - 1
-        # The first j, at or below i, with D(j) <= room(i); grown ascends when flipped.
-        fitting = torch.searchsorted(grown.flip(-1).contiguous(), room.contiguous(), right=True)
-        last = torch.arange(bins + 1, device=room.device)
-        unread_from = torch.maximum(bins + 1 - fitting, last)
-        count = _above(summary.upper_count.to(torch.int64))
-        num_read = count.gather(-1, unread_from.clamp_max(bins))
-        cost = count * (exact - coarse) + num_read * coarse
-        cost = torch.where((room >= 0) & (fitting > 0), cost, torch.iinfo(torch.int64).max)
-        cost[..., bins] = count[..., bins] * exact  # everything exact always does
-        best = cost.argmin(-1, keepdim=True)
-        chosen = summary.edges.gather(-1, best)[..., 0]
-        read = summary.edges.gather(-1, unread_from.gather(-1, best).clamp_max(bins))[..., 0]
-        return Cuts(unread=torch.minimum(read, chosen), fine=chosen, exact=chosen)
-
-
-def _above(histogram: Tensor) -> Tensor:
-    """Sum of the bins before edge i, for every edge."""
-    return torch.nn.functional.pad(histogram.cumsum(-1), (1, 0))
-
-
-def _below(histogram: Tensor) -> Tensor:
-    """Sum of the bins from edge i on, for every edge."""
-    return torch.nn.functional.pad(histogram.flip(-1).cumsum(-1).flip(-1), (0, 1))

@@ -1,24 +1,32 @@
 """The CPU backend: compiled kernels (csrc/) with the reference backend's ops and signatures.
 
-Native are encode_block, bounds, step and attend_dense, which is what a decode step under a rule needs, and search, score and
-attend_selection. The rest is the reference's own, on the same tensors: a policy that is not a rule goes through native bounds and
-the reference's attend_tiers.
+Native is all that a decode step computes over keys: encode_block; the fused step under a rule; bounds, tighten, settle, count_tiers and
+attend_tiers, which policies that are not a rule go through; attend_dense, search, score and attend_selection; sum_reaches and
+all_reach, for groups of keys.
+resolve and merge are the reference's own: they work on histograms, and on a few partial outputs.
 """
 
-from louver.kernels.cpu.attend import attend_dense, step
+from louver.kernels.cpu.attend import attend_dense, attend_tiers, step
+from louver.kernels.cpu.bounds import bounds, count_tiers, settle, tighten
+from louver.kernels.cpu.encode import encode_block
+from louver.kernels.cpu.groups import all_reach, sum_reaches
 from louver.kernels.cpu.search import attend_selection, score, search
-from louver.kernels.cpu.sketch import bounds, encode_block
-from louver.kernels.reference import attend_tiers, merge, resolve
+from louver.kernels.reference import merge, resolve
 
 __all__ = [
+    "all_reach",
     "attend_dense",
     "attend_selection",
     "attend_tiers",
     "bounds",
+    "count_tiers",
     "encode_block",
     "merge",
     "resolve",
     "score",
     "search",
+    "settle",
     "step",
+    "sum_reaches",
+    "tighten",
 ]

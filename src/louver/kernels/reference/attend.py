@@ -1,7 +1,7 @@
 """attend_dense, attend_selection and attend_tiers: softmax attention over everything, over a selection, and in tiers."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from louver.geometry.rounding import norm_above, score_slack
@@ -75,11 +75,13 @@ def attend_tiers(
     drop: bool,
     record: bool = False,
     block_table: Int[Tensor, "batch pages"] | None = None,
+    before: tuple[TierOutput, Bool[Tensor, "batch num_kv_heads"]] | None = None,
 ) -> TierOutput:
     """One decode step: every key in the tier its upper bound puts it in, with the certificate (docs/guarantee.md, 7-9).
 
     drop: keys that are not exact are left out (retrieval) instead of keeping their estimated weight; see Cuts for which those
-    are. record: fill exact_mask.
+    are. record: fill exact_mask. before: a step with the same arguments but other cuts, and the KV heads whose cuts changed since:
+    the others' results may be taken from it (speed only).
     Decided keys are always exact. What one head of a GQA group reads serves the whole group, but in retrieval each head
     keeps its own selection.
     """

@@ -1,4 +1,4 @@
-"""error_terms: what each undecided key adds to the output certificate, by upper bound. For policies that spend a certificate.
+"""What each undecided key adds to the output certificate, by upper bound: what `settle` spends by.
 
 Nothing rests on these sums: a certificate is computed from what was done. They say where it comes from (docs/guarantee.md, 8).
 """

@@ -4,22 +4,40 @@
 without a rule) and run the reference's tensor code on the device.
 """
 
-from louver.kernels.reference import attend_selection, attend_tiers, bounds, merge, resolve, score, search
+from louver.kernels.reference import (
+    all_reach,
+    attend_selection,
+    attend_tiers,
+    bounds,
+    count_tiers,
+    merge,
+    resolve,
+    score,
+    search,
+    settle,
+    sum_reaches,
+    tighten,
+)
 from louver.kernels.triton.dense import attend_dense
 from louver.kernels.triton.encode import encode_block
 from louver.kernels.triton.step import step
 from louver.kernels.triton.within import attend_within
 
 __all__ = [
+    "all_reach",
     "attend_dense",
     "attend_selection",
     "attend_tiers",
     "attend_within",
     "bounds",
+    "count_tiers",
     "encode_block",
     "merge",
     "resolve",
     "score",
     "search",
+    "settle",
     "step",
+    "sum_reaches",
+    "tighten",
 ]
