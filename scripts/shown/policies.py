@@ -69,5 +69,18 @@ TABLES = {
         where={"stage": "all layers alike"},
     ),
     "agreement": Table(file="agreement.json", columns=_AGREEMENT),
+    "perplexity-cpu": Table(
+        file="perplexity_cpu.json",
+        columns=(
+            ("policy", "policy", ""),
+            ("tokens", "num_tokens", ",d"),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("perplexity", "perplexity", ".3f"),
+            ("change", "perplexity_change", "+.2%"),
+            ("from", "perplexity_change_low", "+.2%"),
+            ("to", "perplexity_change_high", "+.2%"),
+            ("KL, nats", "kl_nats", ".1e"),
+        ),
+    ),
     "agreement-gpu": Table(file="agreement_gpu.json", columns=_AGREEMENT),
 }

@@ -144,6 +144,7 @@ TABLES = {
     "cpu-narrow-float32": _cpu("speed_cpu_smollm2_f32.json"),
     "cpu-narrow-bfloat16": _cpu("speed_cpu_smollm2_bf16.json"),
     "cpu-capture": _cpu("speed_cpu_capture.json"),
+    "cpu-certified": _cpu("speed_cpu_certified.json"),
     "cpu-prompt": Table(
         file="speed_cpu_prompt.json",
         columns=(
