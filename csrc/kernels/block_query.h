@@ -188,7 +188,7 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
             const Ints i = round_to_int(p * inverse[h]);
             const Floats whole = to_float(i);
             missed[h] += abs(p - step[h] * whole);
-            count[h] += whole;  // exact: far below 2^24
+            count[h] += whole;  // exact below 2^24, and bounded beyond: docs/guarantee.md, 13
             const Ints high = scan.planes == 2 ? (i + 128) >> 8 : i;
             store_bytes(place(0, h, d), high);
             if (scan.planes == 2) store_bytes(place(1, h, d), i - (high << 8));

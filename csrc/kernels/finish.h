@@ -72,9 +72,8 @@ inline void clear_sums(Unit& unit) {
 }
 
 // What dropping keys moved the output by, and the share of the mass it can be.
-inline void finish_dropped(const Unit& unit, const Sums& sums, float away, bool any, float* dropped,
-                           float* certificate) {
-    if (!any || sums.left_out == 0) return;
+inline void finish_dropped(const Unit& unit, const Sums& sums, float away, float* dropped, float* certificate) {
+    if (sums.left_out == 0) return;  // NaN counts as something
     double share = sums.left_out / (sums.floors + sums.left_out);
     if (sums.floors == 0 || !(share <= 1)) share = 1;
     float furthest = 0;
@@ -82,13 +81,13 @@ inline void finish_dropped(const Unit& unit, const Sums& sums, float away, bool 
         const float spread = unit.sketch->value_spread[unit.sketch->block(unit.row, unit.head, b)];
         furthest = spread > furthest ? spread : furthest;
     }
-    const float bound = static_cast<float>(share) * (1 + 3e-5f);
+    const float bound = static_cast<float>(share) * (1 + 3e-5f) + 0x1p-125f;  // the share may underflow
     *dropped = bound < 1 ? bound : 1.0f;
-    *certificate = bound > 0 ? bound * (furthest + away) : 0.0f;
+    *certificate = bound * (furthest + away);
 }
 
 // Called by one thread when all have contributed.
-inline void finish_unit(Unit& unit, bool any_dropped) {
+inline void finish_unit(Unit& unit) {
     // The longest chain of float32 additions into an output channel: within a tile, over tiles, over blocks.
     const float chain = static_cast<float>(kValueTile + unit.length / kValueTile + unit.num_blocks);
     const Problem& problem = *unit.problem;
@@ -123,13 +122,14 @@ inline void finish_unit(Unit& unit, bool any_dropped) {
         const double over = floors > 0 ? 1 / floors : empty ? 0.0 : static_cast<double>(kInfinity);
         auto bounded = [](double x) { return x == x ? static_cast<float>(x * (1 + 1e-5)) : kInfinity; };
         float certificate = 0, dropped = 0;
+        const double off = sums.surplus + sums.moved;  // 0 where all is exact, whatever away is
         const double missed = sums.surplus_spread + sums.moved_spread +
-                              (sums.surplus + sums.moved) * static_cast<double>(away) + sums.value_miss;
+                              (off != 0 ? off * static_cast<double>(away) : 0.0) + sums.value_miss;
         if (missed != 0) certificate = bounded(missed * over);
         const double rounding = sums.rounding_value + sums.rounding * static_cast<double>(out_norm + accumulation);
         // The output is rounded to float32 once, then to its dtype; the second is known.
         float arithmetic = (rounding != 0 ? bounded(rounding * over) : 0.0f) + accumulation + kUnit * out_norm;
-        finish_dropped(unit, sums, away + arithmetic, any_dropped, &dropped, &certificate);
+        finish_dropped(unit, sums, away + arithmetic, &dropped, &certificate);
         arithmetic += root_above(lost_squares) + kTinyNorm;
         if (!(arithmetic == arithmetic)) arithmetic = kInfinity;
         if (!(certificate == certificate)) certificate = kInfinity;

@@ -126,7 +126,7 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
     }
     count_exact(unit);
     unit.wait();
-    if (unit.rank == 0) finish_unit(unit, false);
+    if (unit.rank == 0) finish_unit(unit);
     unit.wait();
 }
 

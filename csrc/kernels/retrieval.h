@@ -55,6 +55,21 @@ inline void settle_list(Unit& unit, const float* tau, Keep keep, Weigh weigh) {
     for (int64_t g = 0; g < group; ++g) unit.sum_of(g).left_out += inflated_sum(unit.lanes[g], end - begin);
 }
 
+// The best score of what each head keeps, into this thread's extremes: next to a key that another head had scored, all
+// of it could vanish.
+template <class Keep>
+inline void find_best_kept(Unit& unit, Keep keep) {
+    for (int64_t g = 0; g < unit.group.size; ++g) {
+        Floats best = splat(-kInfinity);
+        for (int64_t i = 0; i < unit.my_count(); i += kLanes) {
+            const int64_t at = unit.list_begin + i;
+            const Ints kept = keep(g, at) & first_lanes(unit.my_count() - i);
+            best = max(best, select(kept, load<Floats>(unit.scores + g * unit.stride + at), splat(-kInfinity)));
+        }
+        unit.extreme(g).peak = largest(best);
+    }
+}
+
 inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     const Rule& rule = *unit.rule;
     const int64_t group = unit.group.size;
@@ -100,18 +115,24 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     collect<AlsoFind::left_out>(unit, tau, rule.has_tau ? nullptr : fine);
     unit.wait();
     float* final_tau = unit.cut;  // fine is done with
-    unit.my_heads([&](int64_t g) {
-        final_tau[g] = rule.has_tau ? tau[g] : std::fmax(tau[g], nth_floor(unit, g, rank));
-        // Ceilings were summed in units of e^(scale tau); the output wants the best score.
-        const float peak = over_members(unit, g, &Extremes::peak), before = unit.top[g];
-        unit.top[g] = peak > -kInfinity ? peak : 0.0f;
-        unit.rescale[g] = static_cast<double>(scale) * (static_cast<double>(before) - static_cast<double>(unit.top[g]));
-    });
+    unit.my_heads(
+        [&](int64_t g) { final_tau[g] = rule.has_tau ? tau[g] : std::fmax(tau[g], nth_floor(unit, g, rank)); });
     unit.wait();
     auto keep = [&](int64_t g, int64_t at) LOUVER_ALWAYS_INLINE {
         const Floats upper = unit.uppers(g, at), score = load<Floats>(unit.scores + g * unit.stride + at);
         return (upper == kInfinity) | ((upper >= tau[g]) & ~(score + unit.slacks(g, at) < final_tau[g]));
     };
+    if (rule.has_tau) {  // a rank keeps the best key in any case
+        find_best_kept(unit, keep);
+        unit.wait();
+    }
+    unit.my_heads([&](int64_t g) {
+        // Ceilings were summed in units of e^(scale tau); the output wants the best score kept.
+        const float peak = over_members(unit, g, &Extremes::peak), before = unit.top[g];
+        unit.top[g] = peak > -kInfinity ? peak : 0.0f;
+        unit.rescale[g] = static_cast<double>(scale) * (static_cast<double>(before) - static_cast<double>(unit.top[g]));
+    });
+    unit.wait();
     settle_list(unit, tau, keep, [](int64_t, Floats logit) LOUVER_ALWAYS_INLINE { return exp_above(logit); });
     for (int64_t g = 0; g < group; ++g)
         if (unit.mass[g] > 0) unit.sum_of(g).left_out += unit.mass[g] * std::exp(unit.rescale[g] + 1e-4) + 1e-300;
@@ -119,10 +140,7 @@ inline void retrieval_unit(Unit& unit, float* weights, float* value_norms) {
     unit.wait();
     if (unit.rank == 0) {
         for (int64_t g = 0; g < group; ++g) tau[g] = final_tau[g];
-        bool any = false;
-        for (int m = 0; m < unit.size; ++m)
-            for (int64_t g = 0; g < group; ++g) any |= unit.sums[m * group + g].left_out > 0;
-        finish_unit(unit, any);
+        finish_unit(unit);
     }
     unit.wait();
 }

@@ -90,7 +90,7 @@ inline void tiers_unit(Unit& unit, const UnitBounds& from, Private& mine) {
     add_sketched(unit, mine.coarse);
     keep_ends(unit);
     unit.wait();
-    if (unit.rank == 0) finish_unit(unit, false);
+    if (unit.rank == 0) finish_unit(unit);
     unit.wait();
     tighten_certificates(unit);
 }
@@ -145,16 +145,7 @@ inline void dropping_unit(Unit& unit, const UnitBounds& from, Private& mine) {
         const Floats upper = unit.uppers(g, at), score = load<Floats>(unit.scores + g * unit.stride + at);
         return (upper == kInfinity) | ((upper >= reach[g]) & ~(score + unit.slacks(g, at) < final_tau[g]));
     };
-    // The best score of a head's own keys: next to one that another head had scored they could all vanish.
-    for (int64_t g = 0; g < unit.group.size; ++g) {
-        Floats best = splat(-kInfinity);
-        for (int64_t i = 0; i < unit.my_count(); i += kLanes) {
-            const int64_t at = unit.list_begin + i;
-            const Ints kept = keep(g, at) & first_lanes(unit.my_count() - i);
-            best = max(best, select(kept, load<Floats>(unit.scores + g * unit.stride + at), splat(-kInfinity)));
-        }
-        unit.extreme(g).peak = largest(best);
-    }
+    find_best_kept(unit, keep);
     unit.wait();
     unit.my_heads([&](int64_t g) {
         const float peak = over_members(unit, g, &Extremes::peak), extent = over_members(unit, g, &Extremes::extent);
@@ -168,10 +159,8 @@ inline void dropping_unit(Unit& unit, const UnitBounds& from, Private& mine) {
     attend_list(unit, mine.weights, mine.value_norms, keep);
     unit.wait();
     if (unit.rank == 0) {
-        bool any = false;
-        for (int64_t g = 0; g < unit.size * unit.group.size; ++g) any |= unit.sums[g].left_out > 0;
         for (int64_t g = 0; g < unit.group.size && !ranked; ++g) final_tau[g] = std::fmax(final_tau[g], reach[g]);
-        finish_unit(unit, any);
+        finish_unit(unit);
     }
 }
 

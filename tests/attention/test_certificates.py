@@ -211,3 +211,40 @@ def test_values_from_elsewhere_have_no_certificate_but_the_right_answer():
     truth = (kept.unflatten(1, (2, -1)) @ other.double()).flatten(1, 2)
     torch.testing.assert_close(result.out.double(), truth, atol=1e-5, rtol=1e-4)
     assert torch.isinf(result.certificate).all()
+
+
+@backends
+def test_what_is_kept_keeps_its_weight_beside_a_key_that_is_not(backend):
+    """fixed:X: one head's open block lies 88 nats below a key that only the other head keeps."""
+    keys, values, q = torch.zeros(1, 1, 228, 64), torch.zeros(1, 1, 228, 64), torch.zeros(1, 2, 64)
+    q[0, 0, 0] = q[0, 1, 1] = 1
+    keys[0, 0, :128, :2] = -300
+    keys[0, 0, 0, :2] = torch.tensor([50.0, 200.0])
+    keys[0, 0, 128:, 0] = -38
+    values[0, 0, 128:, 0] = 1
+    result = attend(
+        q, SketchIndex.build(keys, values, backend=backend), policy="fixed:100", softmax_scale=1.0, record=True
+    )
+    assert result.exact_mask.sum(-1).tolist() == [[100, 101]]
+    assert result.out[0, 0, 0] == 1 and torch.isfinite(result.lse).all()
+
+
+@backends
+@pytest.mark.parametrize("spec", ["exact:1.0", "error:0.05"])
+def test_where_every_key_is_exact_no_size_of_values_makes_a_certificate(backend, spec):
+    keys, values, q = torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64) * 1e20, torch.randn(1, 2, 64)
+    result = attend(q, SketchIndex.build(keys, values, backend=backend), policy=spec, record=True)
+    assert result.exact_mask.all() and torch.isfinite(result.out).all()
+    assert (result.certificate == 0).all()
+
+
+@backends
+def test_a_dropped_share_that_underflows_is_not_nothing(backend):
+    """Every weight dropped is e^-130 or less of what is kept: more than float32 can hold, and more than nothing."""
+    keys, values, q = torch.zeros(1, 1, 257, 64), torch.randn(1, 1, 257, 64), torch.zeros(1, 1, 64)
+    q[0, 0, 0], keys[0, 0, :256, 0], keys[0, 0, 256, 0] = 1, -120, 10
+    result = attend(
+        q, SketchIndex.build(keys, values, backend=backend), policy="fixed:5", softmax_scale=1.0, record=True
+    )
+    assert not result.exact_mask[..., :256].any()
+    assert (result.dropped_mass_bound > 0).all() and (result.certificate > 0).all()

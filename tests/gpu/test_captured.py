@@ -65,6 +65,22 @@ def test_replays_give_the_logits_of_the_usual_steps(model, policy):
         assert all((step.counts[..., 0] == PROMPT + 260).all() for step in evidence)
 
 
+@pytest.mark.parametrize("prompt", [767, 639])
+def test_a_block_that_fills_in_the_first_replay_is_encoded_from_what_the_replay_wrote(model, prompt):
+    """Warm-up steps wrote the same token before, perhaps rounded otherwise."""
+    cache = attach(model, policy="exact:0.05", reserve_tokens=1100)
+    ids = torch.randint(2, 128, (2, prompt), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    with torch.no_grad(), crossover.switched(False):
+        model(ids, **cache.kwargs())
+        decoding = CapturedDecoding(model, cache)
+        sketches = [layer.attention.index.sketch for layer in cache.served_layers]
+        decoding._capture(ids[:, 0], prompt)
+        assert all((sketch.num_blocks == prompt // 128).all() for sketch in sketches)
+        decoding._held = prompt
+        decoding(ids[:, 0])
+        assert all((sketch.num_blocks == prompt // 128 + 1).all() for sketch in sketches)
+
+
 def test_generate_is_greedy(model):
     first = torch.tensor([5, 9], device="cuda")
     with crossover.switched(False):

@@ -29,7 +29,9 @@ def usual(model, cache, tokens):
         return [model(t[:, None], **as_argument(cache)).logits[:, -1] for t in tokens.unbind(1)]
 
 
-@pytest.mark.parametrize("policy", ["exact:0.05", "exact:0.1+sinks:2+recent:5", "topk:5", "fixed:3", "dense"])
+@pytest.mark.parametrize(
+    "policy", ["exact:0.05", "exact:0.1+sinks:2+recent:5", "topk:5", "budget:0.05", "fixed:3", "dense"]
+)
 def test_steps_are_the_usual_ones(policy):
     """Over blocks that fill, a crop, and going on in both ways in turn."""
     model = llama()
@@ -49,6 +51,37 @@ def test_steps_are_the_usual_ones(policy):
     torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-5, atol=1e-5 if policy == "dense" else 0)
     counts = [None if step is None else step.counts[..., 0].unique().tolist() for step in decoding.evidence]
     assert counts == [None if policy == "dense" else [112]] * 2
+
+
+def test_a_reset_cache_is_captured_anew():
+    model, tokens = llama(), torch.randint(2, 128, (2, 4), generator=torch.Generator().manual_seed(2))
+    with crossover.switched(False):
+        one, other = prompted(model, "exact:0.05"), prompted(model, "exact:0.05", prompt=30)
+        decoding = CapturedDecoding(model, other, graph=False)
+        decoding(tokens[:, 0])
+        other.reset()
+        ids = torch.randint(2, 128, (2, 61), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            model(ids, **as_argument(other))
+        got = [decoding(t).clone() for t in tokens.unbind(1)]
+        assert torch.equal(torch.stack(got), torch.stack(usual(model, one, tokens)))
+    assert other.get_seq_length() == 65
+
+
+def test_a_row_without_padding_of_a_padded_batch():
+    model, mask = llama(), torch.ones(2, 61, dtype=torch.long)
+    mask[0, :5] = 0
+    ids, token = torch.randint(2, 128, (2, 61), generator=torch.Generator().manual_seed(1)), torch.tensor([5])
+    caches = [prompted(model, "topk:5"), prompted(model, "topk:5")]
+    with crossover.switched(False):
+        for cache in caches:
+            cache.reset()
+            with torch.no_grad():
+                model(ids, attention_mask=mask, **as_argument(cache))
+            cache.batch_select_indices(torch.tensor([1]))
+        got = CapturedDecoding(model, caches[0], graph=False)(token)
+        assert torch.equal(got, usual(model, caches[1], token[:, None])[0])
+    assert caches[1].stats.num_dense_calls == 0
 
 
 def test_generate_is_greedy():

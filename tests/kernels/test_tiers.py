@@ -168,7 +168,9 @@ def check_summary(summary: BoundSummary, estimate, half_width, kept, decided_flo
     assert (summary.edges[..., 0] == torch.inf).all() and (summary.edges[..., -1] == -torch.inf).all()
     place = bin_of(upper, summary.edges)
     assert torch.equal(summary.upper_count, summed_by_bin(place, kept.int(), summary.edges))
-    floors = torch.where(decided, decided_floors, -torch.inf).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+    floors = torch.where(decided, decided_floors, -torch.inf).nan_to_num(
+        nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
+    )
     counted = summed_by_bin(bin_of(lower, summary.edges), kept.int(), summary.edges)
     assert int((summary.lower_count - counted).sum()) == int(decided.sum())
     shift, scale = summary.shift.double()[..., None], summary.softmax_scale

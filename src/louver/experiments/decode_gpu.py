@@ -146,23 +146,45 @@ def in_generate(model: Any, arguments: dict[str, Any], cache: Any, config: Confi
 
 
 def in_graph(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> dict:
-    """Milliseconds per token of replays (median of three runs), and how many of the first tokens a loop without a graph gives too."""
+    """Milliseconds per token of replays (median of three runs), and how far their logits are from those of the model's own loop."""
     first = torch.ones(1, dtype=torch.long, device=config.device)
     if isinstance(cache, StaticCache):
         decode = captured_static(model, arguments, first, config.kv_len)
         times = [elapsed(lambda: decode(config.new_tokens // 2), config.device) for _ in range(3)]
         return {"token_ms": statistics.median(times) / (config.new_tokens // 2), "num_equal_tokens": None}
-    usual = CapturedDecoding(model, cache, graph=False).generate(first, config.new_tokens)
+    tokens, want = usual_steps(model, arguments, first, config.new_tokens)
     cache.crop(config.kv_len - cache.get_seq_length())
     decoding = CapturedDecoding(model, cache)
-    chosen = decoding.generate(first, config.new_tokens)
-    equal = int((usual == chosen)[0].long().cumprod(0).sum())
+    got = torch.cat([decoding(token).clone() for token in tokens[:-1]])
     times = [elapsed(lambda: decoding.generate(first, config.new_tokens), config.device) for _ in range(3)]
     return {
         "token_ms": statistics.median(times) / config.new_tokens,
-        "num_equal_tokens": equal,
+        **agreement(got.float(), want.float()),
         "num_tokens": config.new_tokens,
         "scanned_fraction": scanned(decoding.evidence),
+    }
+
+
+@torch.no_grad()
+def usual_steps(model: Any, arguments: dict[str, Any], token: Tensor, new_tokens: int) -> tuple[list[Tensor], Tensor]:
+    """What the model's own loop chooses after token, token included, and its logits [new_tokens, vocabulary]."""
+    tokens, logits = [token], []
+    for _ in range(new_tokens):
+        logits.append(model(tokens[-1][:, None], **arguments).logits[:, -1].clone())
+        tokens.append(logits[-1].argmax(-1))
+    return tokens, torch.cat(logits)
+
+
+def agreement(got: Tensor, want: Tensor) -> dict:
+    """Of logits over the same tokens: equal choices, the largest difference, and the largest lead a choice lost (in deviations)."""
+    best, same = want.topk(2).values, got.argmax(-1) == want.argmax(-1)
+    lead = ((best[:, 0] - best[:, 1]) / want.std(-1))[~same]
+    return {
+        "num_equal_tokens": int(same.long().cumprod(0).sum()),
+        "num_equal_choices": int(same.sum()),
+        "logit_difference": float(((got - want).std(-1) / want.std(-1)).max()),
+        "first_logit_difference": float((got - want)[0].std() / want[0].std()),
+        "largest_lead_lost": float(lead.max()) if len(lead) else 0.0,
     }
 
 

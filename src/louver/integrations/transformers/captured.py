@@ -6,7 +6,7 @@ depends on the host. Encoding a block that fills is a launch that most steps hav
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from louver.errors import OutOfRoomError, PolicyError, UnsupportedModelError
 from louver.index.sketch import SketchIndex
 from louver.integrations.transformers.cache import LouverCache
 from louver.integrations.transformers.layer import LouverLayer, mark, ordinary_tensors
-from louver.integrations.transformers.padding import Padding
+from louver.integrations.transformers.padding import NO_PADDING, Padding
 from louver.kernels import get_ops, resolve_backend
 from louver.kernels.ops import TierOutput
 from louver.policies.base import Dense
@@ -36,6 +36,8 @@ class CapturedDecoding:
 
     The cache goes on as usual afterwards; whoever changes it in between (another turn, ``crop``) makes the next call capture anew
     where buffers have moved. Captured steps are not counted in ``cache.stats``; ``evidence`` holds what the last one certified.
+    Whether a step is dispatched to dense (kernels/crossover.py) goes by the tokens reserved, on a CPU by nothing: where fewer are held, a
+    captured step may drop keys that the usual step, being dense, keeps; its certificate says so.
 
     Args:
         model: on a GPU, prepared by ``attach``; decoding reads its weights where they are now.
@@ -64,7 +66,7 @@ class CapturedDecoding:
             OutOfRoomError: the reserved tokens are used up.
         """
         held = self._cache.get_seq_length()
-        with ordinary_tensors():
+        with ordinary_tensors(), torch.cuda.device(token.device) if token.is_cuda else nullcontext():
             room = min(_attention(layer).store.capacity for layer in self._cache.served_layers)
             if held >= room:
                 raise OutOfRoomError(
@@ -76,6 +78,7 @@ class CapturedDecoding:
                 self._clock.set(held)
             self._token.copy_(token[:, None])
             captured = self._graphs[any(layer.fills(held + 1) for layer in self._layers)]
+            self._held = -1  # until the step is done: one that fails half way leaves the clock ahead
             captured.replay()
             for layer in self._layers:
                 layer.advance()
@@ -90,6 +93,7 @@ class CapturedDecoding:
         return chosen
 
     def _capture(self, token: Tensor, held: int) -> None:
+        _check(self._cache, self._in_graphs)  # what is held now may be padded
         self._clock = _Clock(token.shape[0], token.device)
         self._layers = [_CapturedLayer(layer, self._clock) for layer in self._cache.served_layers]
         self._token = token[:, None].clone()
@@ -100,19 +104,22 @@ class CapturedDecoding:
         if not self._in_graphs:
             self._graphs = [self._launched(encode) for encode in (False, True)]
             return
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # captures, too: torch's own stream for that is of the device that captured first
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side), self._in_place():
             for _ in range(_WARM_UPS):
                 self._step(encode=True)
                 self._clock.set(held)
+                for layer in self._layers:
+                    layer.reopen(held)
         torch.cuda.current_stream().wait_stream(side)
-        pool = torch.cuda.graph_pool_handle()  # the two never run at the same time
+        pool, graphs = torch.cuda.graph_pool_handle(), list[_Captured]()  # the two never run at the same time
         for encode in (False, True):
             graph = torch.cuda.CUDAGraph()
-            with self._in_place(), torch.cuda.graph(graph, pool=pool):
+            with self._in_place(), torch.cuda.graph(graph, pool=pool, stream=side):
                 logits = self._step(encode)
-            self._graphs.append(_Captured(graph.replay, logits, [layer.step for layer in self._layers]))
+            graphs.append(_Captured(graph.replay, logits, [layer.step for layer in self._layers]))
+        self._graphs = graphs
 
     def _launched(self, encode: bool) -> _Captured:
         logits = torch.empty(0, dtype=getattr(self._model, "dtype", None), device=self._token.device)
@@ -171,7 +178,7 @@ class _CapturedLayer(LouverLayer):
 
     def __init__(self, layer: LouverLayer, clock: _Clock) -> None:
         super().__init__(layer.layer_idx, lambda _: layer.attention, layer.shared)
-        self.padding, self._clock, self.step = layer.padding, clock, None
+        self.padding, self._clock, self.step, self._stands_for = NO_PADDING, clock, None, layer
         self._keys, self._values = self.attention.store.buffers
         self.is_initialized = True
         policy, index = self.attention.policy, self.attention.index
@@ -213,9 +220,16 @@ class _CapturedLayer(LouverLayer):
         if self._rule is not None:
             self.attention.index.refresh()
 
+    def reopen(self, kv_len: int) -> None:
+        """Forget the block that a step beyond kv_len tokens closed: a replay writes its last token anew, perhaps rounded otherwise."""
+        index = self.attention.index
+        if self._rule is not None and isinstance(index, SketchIndex) and index.sketch is not None:
+            index.sketch.num_blocks.clamp_(max=kv_len // index.config.frame_len)
+
     def moved(self) -> bool:
         """Whether what was captured is elsewhere now."""
-        return self._addresses() != self._captured_at
+        # A reset, or a cache file, gives the layer another attention; this one's buffers stay where they were.
+        return self._stands_for.attention is not self.attention or self._addresses() != self._captured_at
 
     def _addresses(self) -> list[int]:
         store, sketch = self.attention.store, getattr(self.attention.index, "sketch", None)
@@ -224,6 +238,8 @@ class _CapturedLayer(LouverLayer):
 
 
 def _check(cache: LouverCache, graph: bool) -> None:
+    if len({_attention(layer).store.keys.device for layer in cache.served_layers}) > 1:
+        raise UnsupportedModelError("a captured step needs every layer on one device")
     if len(cache.served_layers) != len(cache.layers):
         raise UnsupportedModelError(
             "a captured step needs every layer served by Louver; this model has others, with caches of their own"

@@ -23,7 +23,8 @@ class Padding:
         """The padding of the rows ids."""
         if self.kv_start is None:
             return self
-        return Padding(self.kv_start[ids.to(self.kv_start.device)], tuple(self.counts[i] for i in ids.tolist()))
+        counts = tuple(self.counts[i] for i in ids.tolist())
+        return Padding(self.kv_start[ids.to(self.kv_start.device)], counts) if any(counts) else NO_PADDING
 
 
 NO_PADDING = Padding()
