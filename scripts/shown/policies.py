@@ -82,5 +82,7 @@ TABLES = {
             ("KL, nats", "kl_nats", ".1e"),
         ),
     ),
+    "agreement-certified": Table(file="agreement_certified.json", columns=_AGREEMENT),
+    "agreement-five": Table(file="agreement_five.json", columns=_AGREEMENT),
     "agreement-gpu": Table(file="agreement_gpu.json", columns=_AGREEMENT),
 }
