@@ -72,6 +72,7 @@ TABLES = {
     ),
     "perplexity-methods": Table(file="perplexity.json", columns=_TEXT),
     "perplexity-256": Table(file="perplexity_256.json", columns=_TEXT),
+    "perplexity-cpu": Table(file="perplexity_cpu.json", columns=_TEXT),
     "denoising": Table(
         file="denoising.json",
         columns=(

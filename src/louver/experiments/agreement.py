@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from louver.attention import LouverAttention
+from louver.attention.asked import num_asked_violations
 from louver.errors import InputFileError
 from louver.experiments.audit import Audit
 from louver.experiments.baselines import Fp8, Kivi4
@@ -27,7 +28,7 @@ from louver.experiments.document import Document, build_prompt, python_topics
 from louver.experiments.experiment import Outcome, Progress, no_progress, option
 from louver.experiments.journal import Journal
 from louver.kv.device import DeviceStore
-from louver.policies import Mass, OutputError, parse
+from louver.policies import parse
 from louver.protocols import AttendResult, LayerAttention
 
 POLICIES = (
@@ -150,11 +151,7 @@ class _Checks:
 
     def __call__(self, layer_idx: int, q: Tensor, result: AttendResult, layer: Any, softmax_scale: float) -> None:
         """See one step of one layer."""
-        if isinstance(self.policy, Mass):
-            self.num_asked_violations += int((~(result.dropped_mass_bound <= self.policy.dropped_mass)).sum())
-        if isinstance(self.policy, OutputError):
-            asked = self.policy.error * result.out.float().norm(dim=-1)
-            self.num_asked_violations += int((~(result.certificate <= asked)).sum())
+        self.num_asked_violations += num_asked_violations(self.policy, result)
         seen = self._seen[layer_idx] = self._seen.get(layer_idx, -1) + 1
         if seen % self._stride == 0:
             self._audit(layer_idx, q, result, layer, softmax_scale)

@@ -119,7 +119,7 @@ def exact_kernel(
     RANKED_BEFORE: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if AGAIN:  # noqa: SIM102 - as in tiers_kernel
+    if AGAIN:  # noqa: SIM102 - decided as this is compiled; the next only as it runs
         if tl.load(idle + pid) != 0:
             return
     split = tl.program_id(1)

@@ -90,7 +90,7 @@ def tiers_kernel(
     are not idle, whose cuts have changed; of the others everything stays.
     """
     pid = tl.program_id(0)
-    if AGAIN:  # noqa: SIM102 - the outer one is decided by the compiler
+    if AGAIN:  # noqa: SIM102 - decided as this is compiled; the next only as it runs
         if tl.load(idle + pid) != 0:
             return
     split = tl.program_id(1)
