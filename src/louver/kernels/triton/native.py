@@ -100,8 +100,11 @@ def _deepest(plan: Plan, depths: tuple[int, ...], memory: Callable[[Plan, int, i
     return next((n for n in depths if n <= tiles and memory(plan, warps, n) <= most), 2)
 
 
-def prepare(plan: Plan, x: Tensor, floor: float, ranked: bool) -> None:
-    """Place the grids, and clear what the other kernels count into. ``floor``: share of the centers above which bounds are counted."""
+def prepare(plan: Plan, x: Tensor, floor: tuple[float, float], ranked: bool) -> None:
+    """Place the grids, and clear what the other kernels count into.
+
+    ``floor``: share of the centers above which bounds are counted, and by how many nats below it.
+    """
     w, sketch = plan.workspace, plan.sketch
     runtime.launch(
         _kernel("prepare.cu", "prepare", plan, Q=QUERIES[x.dtype], RANKS=int(ranked)),
@@ -109,7 +112,7 @@ def prepare(plan: Plan, x: Tensor, floor: float, ranked: bool) -> None:
         128,
         [
             x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.finished, w.masses,
-            w.below, *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, floor)),
+            w.below, *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, *floor)),
         ],
     )  # fmt: skip
 

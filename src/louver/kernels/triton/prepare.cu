@@ -1,5 +1,6 @@
 // The start of a step, a CTA per query head: place its grid, and clear what the other kernels count into; the twin of prepare_kernel.
-// floor_code: the code of the floor_share-th share of the sampled centers from the top, under which nobody counts bounds; 0 = count all.
+// floor_code: the code `spare` nats under the floor_share-th share of the sampled centers from the top; bounds below are not counted;
+// 0 = count all.
 // Macros: D, G, RANKS, Q (type of the query: 0 float32, 1 float16, 2 bfloat16).
 #define THREADS 128
 #define SAMPLE 32                       // blocks whose centers place the grid
@@ -9,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     const void* __restrict__ q, const u16* __restrict__ center, const int* __restrict__ num_blocks, float* __restrict__ low,
     int* __restrict__ floor_code, float* __restrict__ query, int* __restrict__ hist, int* __restrict__ rank_hist,
     int* __restrict__ counters, int* __restrict__ finished, float* __restrict__ masses, float* __restrict__ below,
-    int num_kv_heads, int capacity, float scale, float floor_share) {
+    int num_kv_heads, int capacity, float scale, float floor_share, float spare) {
     __shared__ float logits[SAMPLE];
     const int id = blockIdx.x, pid = id / G, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     let_next_start();                   // the scan asks for its first codes meanwhile
@@ -56,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     for (int i = 0; i < SAMPLE; ++i) higher += i < taken && logits[i] > logit;
     float floor = lane < taken && higher >= (int)(taken * floor_share) ? logit : -INFINITE;
     for (int m = 16; m; m /= 2) floor = fmaxf(floor, __shfl_xor_sync(FULL, floor, m));
-    const float place = fminf(fmaxf((floor - mean + BELOW) * STEPS, 0.0f), 60000.0f);
+    const float place = fminf(fmaxf((floor - mean + BELOW - spare) * STEPS, 0.0f), 60000.0f);
     if (lane == 0) {
         low[id] = mean - BELOW;
         floor_code[id] = floor_share > 0.0f && place == place ? (int)place : 0;

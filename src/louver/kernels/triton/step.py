@@ -154,14 +154,16 @@ def step(
     return result
 
 
-def _floor(rule: CutRule, share: float) -> float:
-    """The share of the centers above which bounds are counted: what a rule asks for must lie above it, or every key is listed."""
+def _floor(rule: CutRule, share: float) -> tuple[float, float]:
+    """The share of the centers above which bounds are counted, and nats below it: under what a rule asks for, or every key is listed."""
     share = max(rule.share, share)
     if rule.tau is not None or share > 0.3:
-        return 0.0
-    if rule.drop:  # by lower bounds
-        return 0.25 if share <= 0.012 else 0.9
-    return 0.5 if share <= 0.05 else 0.9
+        return 0.0, 0.0
+    if not rule.drop:
+        return (0.5 if share <= 0.05 else 0.9), 0.0
+    if share <= 0.012:
+        return 0.25, 0.0
+    return 0.9, 4.0  # the lower bound of a key lies below its block's center, by the radius and by where it lies in the block
 
 
 def _sizes(plan: Plan) -> tuple[dict, dict, dict]:
