@@ -114,8 +114,13 @@ class DenseResult(AttendResult):
     @cached_property
     def stats(self) -> StepStats:  # pyright: ignore[reportIncompatibleVariableOverride] - lazy, the same to read
         """Every valid key and value was read."""
+        return dense_stats(*self.read)
+
+    @property
+    def read(self) -> tuple[PerRow, int, int]:
+        """The arguments of ``dense_stats``: all there is to count of a dense step, and small, where the result holds the cache."""
         _, keys, _, _, length, _ = self.__dict__["_asked"]
-        return dense_stats(keys, length)
+        return length, keys.shape[1], keys.shape[3]
 
     @cached_property
     def certificate(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -152,10 +157,10 @@ def valid_tokens(kv_start: PerRow, kv_len: PerRow, longest: int) -> Tensor:
     return (position >= kv_start[:, None]) & (position < kv_len[:, None])
 
 
-def dense_stats(keys: Keys, length: PerRow) -> StepStats:
-    """What a dense step reads: every valid key and value, per row and KV head."""
-    num_keys = length[:, None].long().repeat(1, keys.shape[1])
-    return plain_stats(num_keys, num_keys, num_keys, keys.shape[3])
+def dense_stats(length: PerRow, num_kv_heads: int, head_dim: int) -> StepStats:
+    """What a dense step over ``length`` valid tokens reads: every key and value, per row and KV head."""
+    num_keys = length[:, None].long().repeat(1, num_kv_heads)
+    return plain_stats(num_keys, num_keys, num_keys, head_dim)
 
 
 def plain_stats(num_keys: Tensor, num_scanned: Tensor, num_exact: Tensor, head_dim: int) -> StepStats:

@@ -5,8 +5,8 @@ function, which finds the layer by the mark; no global state, and a copied cache
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -28,11 +28,14 @@ _MARK = "_louver_layer"
 _UNANSWERED_UPDATES = 2
 
 
-@contextmanager
-def ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> AbstractContextManager:
     """What a LayerAttention keeps must stay writable: a tensor made inside inference_mode would not be, outside of it."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+    if not torch.is_inference_mode_enabled():
+        return torch.no_grad() if torch.is_grad_enabled() else nullcontext()  # the latter in transformers' generate
+    both = ExitStack()
+    both.enter_context(torch.inference_mode(False))
+    both.enter_context(torch.no_grad())
+    return both
 
 
 class Shared:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from louver.attention.dense import DenseResult, dense_stats
 from louver.protocols import AttendResult, StepStats
 
 _COUNTS = ("num_keys", "num_scanned", "num_exact", "num_coarse", "num_unread", "bytes_read", "bytes_dense")
@@ -132,10 +133,16 @@ class _Totals:
         self.sums: Tensor | None = None  # float64: relative certificate, dropped mass bound
         self.worst: Tensor | None = None
         self._pending: list[_Figures] = []
+        self._dense: list[tuple[Tensor, int, int]] = []  # arguments of dense_stats
 
     def add(self, result: AttendResult) -> None:
         self.num_steps += 1
-        self.num_outputs += result.certificate.shape[0] * result.certificate.shape[1]
+        self.num_outputs += result.out.shape[0] * result.out.shape[1]
+        if isinstance(result, DenseResult):  # its certificates are 0
+            self._dense.append(result.read)
+            if len(self._dense) >= _PENDING:
+                self.settle()
+            return
         self._pending.append(_Figures(result.stats, result.out, result.certificate, result.dropped_mass_bound))
         if len(self._pending) >= _PENDING:
             self.settle()
@@ -145,9 +152,15 @@ class _Totals:
         kinds: dict[tuple, list[_Figures]] = {}
         for one in self._pending:
             kinds.setdefault((one.stats.byte_weights, one.stats.drops, one.stats.index_bytes is None), []).append(one)
-        self._pending = []
+        shapes: dict[tuple[int, int], list[Tensor]] = {}
+        for length, *shape in self._dense:
+            shapes.setdefault((shape[0], shape[1]), []).append(length)
+        self._pending, self._dense = [], []
         for some in kinds.values():
             self._take(some)
+        for shape, lengths in shapes.items():
+            nothing = torch.zeros(2, dtype=torch.float64, device=lengths[0].device)
+            self._add(_counts_of(dense_stats(torch.cat(lengths), *shape)), nothing, nothing)
 
     def _take(self, some: list["_Figures"]) -> None:
         figures = zip(*((x.out, x.certificate, x.dropped_mass_bound) for x in some), strict=True)
@@ -158,10 +171,9 @@ class _Totals:
             table=torch.cat([x.stats.table.flatten(0, 1) for x in some])[None],
             index_bytes=torch.cat([x.flatten() for x in index_bytes])[None] if index_bytes else None,
         )
-        counts = torch.stack([getattr(stats, name).sum() for name in _COUNTS])
         norm = outs.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         bounds = torch.stack([certificates / norm, dropped]).double()
-        self._add(counts, bounds.sum(1), bounds.amax(1))
+        self._add(_counts_of(stats), bounds.sum(1), bounds.amax(1))
 
     def _add(self, counts: Tensor, sums: Tensor, worst: Tensor) -> None:
         if self.counts is None or self.sums is None or self.worst is None:
@@ -195,3 +207,8 @@ class _Totals:
             "dropped_mass_bound_mean": mean[1],
             "dropped_mass_bound_worst": worst[1],
         }
+
+
+def _counts_of(stats: StepStats) -> Tensor:
+    """The sums named in _COUNTS, int64."""
+    return torch.stack([getattr(stats, name).sum() for name in _COUNTS])

@@ -49,16 +49,16 @@ def num_ctas(rows: int, most: int) -> int:
 
 def _kernel(file: str, name: str, plan: Plan, *includes: str, **more: int) -> c_void_p:
     sketch = plan.sketch
-    macros = {
-        "D": sketch.dims,
-        "G": plan.group,
-        "L": sketch.config.frame_len,
-        "S": sketch.num_slices,
-        "DROP": int(plan.rule.drop),
-        "FIXED": int(plan.fixed),
-        **more,
-    }
-    return runtime.function((*includes, file), name, tuple(f"-D{k}={v}" for k, v in macros.items()))
+    macros = (
+        ("D", sketch.dims),
+        ("G", plan.group),
+        ("L", sketch.config.frame_len),
+        ("S", sketch.num_slices),
+        ("DROP", int(plan.rule.drop)),
+        ("FIXED", int(plan.fixed)),
+        *more.items(),
+    )
+    return runtime.function((*includes, file), name, macros)
 
 
 def _choice(plan: Plan) -> tuple[c_longlong, c_longlong, c_int]:

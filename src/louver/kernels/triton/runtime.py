@@ -1,11 +1,15 @@
 """CUDA C++ compiled at run time (NVRTC) and launched on torch's stream, through the libraries torch brings; no toolkit needed."""
 
 import ctypes
+import struct
+import threading
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import driver as triton_driver
 
 from louver.errors import BackendError
 
@@ -34,7 +38,7 @@ def available() -> bool:
 
 
 @lru_cache(maxsize=64)
-def function(sources: tuple[str, ...], name: str, options: tuple[str, ...]) -> ctypes.c_void_p:
+def function(sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
     """Compile files of this folder, one after another, for the current device and return one of their kernels.
 
     Raises:
@@ -45,7 +49,7 @@ def function(sources: tuple[str, ...], name: str, options: tuple[str, ...]) -> c
     folder = Path(__file__).parent
     text = b"".join((folder / source).read_bytes() for source in ("common.cuh", *sources))
     major, minor = torch.cuda.get_device_capability()
-    flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *options]
+    flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros)]
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, sources[-1].encode(), 0, None, None), "create")
     arguments = (ctypes.c_char_p * len(flags))(*[f.encode() for f in flags])
@@ -97,6 +101,38 @@ def _starts_early() -> bool:
     return torch.cuda.get_device_capability() >= (9, 0)
 
 
+_EARLY = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+_FORMATS = {ctypes.c_int: "i4x", ctypes.c_float: "f4x", ctypes.c_longlong: "q", ctypes.c_void_p: "Q"}
+
+
+class _Arguments:
+    """Memory for the arguments of a kernel, eight bytes each, and the pointers to them that the driver asks for."""
+
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        self.packed = struct.Struct(
+            "=" + "".join(_FORMATS.get(kind, "Q") for kind in kinds)
+        )  # any other kind: a tensor
+        self.memory = ctypes.create_string_buffer(8 * len(kinds))
+        first = ctypes.addressof(self.memory)
+        self.pointers = (ctypes.c_void_p * len(kinds))(*(first + 8 * i for i in range(len(kinds))))
+
+
+class _PerThread(threading.local):
+    """A launch copies its arguments before it returns, so a thread can use their memory again; two threads can't share it."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[tuple[type, ...], _Arguments] = {}
+
+
+_per_thread = _PerThread()
+
+
+def current_stream() -> int:
+    """The handle of torch's current stream, by the way that Triton takes: ``torch.cuda.current_stream`` makes an object first."""
+    active: Any = triton_driver.active
+    return active.get_current_stream(active.get_current_device())
+
+
 def launch(
     kernel: ctypes.c_void_p,
     grid: tuple[int, int],
@@ -109,14 +145,17 @@ def launch(
 
     ``early``: the kernel may start while the stream's last kernel ends, and waits for it itself (awaited() in common.cuh).
     """
-    values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
-    pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-    stream = torch.cuda.current_stream().cuda_stream
-    attribute = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+    kinds = tuple(map(type, arguments))
+    held = _per_thread.arguments.get(kinds)
+    if held is None:
+        held = _per_thread.arguments[kinds] = _Arguments(kinds)
+    values = [a.data_ptr() if isinstance(a, Tensor) else a.value or 0 for a in arguments]
+    held.packed.pack_into(held.memory, 0, *values)
+    stream = current_stream()
     config = _Config(
-        (*grid, 1), (threads, 1, 1), shared_bytes, stream, ctypes.pointer(attribute), int(early and _starts_early())
+        (*grid, 1), (threads, 1, 1), shared_bytes, stream, ctypes.pointer(_EARLY), int(early and _starts_early())
     )
-    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, pointers, None), "launch")
+    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, held.pointers, None), "launch")
 
 
 def in_host_memory(x: Tensor) -> bool:

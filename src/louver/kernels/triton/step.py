@@ -163,7 +163,10 @@ def _floor(rule: CutRule, share: float) -> tuple[float, float]:
         return (0.5 if share <= 0.05 else 0.9), 0.0
     if share <= 0.012:
         return 0.25, 0.0
-    return 0.9, 4.0  # the lower bound of a key lies below its block's center, by the radius and by where it lies in the block
+    return (
+        0.9,
+        4.0,
+    )  # the lower bound of a key lies below its block's center, by the radius and by where it lies in the block
 
 
 def _sizes(plan: Plan) -> tuple[dict, dict, dict]:
