@@ -15,7 +15,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 VLLM_PIP_ARGS ?=
-WORKERS ?= auto
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 SOURCES := CMakeLists.txt $(wildcard csrc/*.* csrc/*/*)
@@ -26,7 +25,6 @@ ENV := $(READY) $(NATIVE)
 export GOMP_SPINCOUNT ?= 0
 
 ARGS ?=
-WORKERS ?= auto
 
 .PHONY: help venv native demo experiments test test-native-asan test-vllm lint format quickstart clean
 
