@@ -65,6 +65,18 @@ TABLES = {
         ),
         where={"planes": 1, "metric": "full"},
     ),
+    "nested": Table(
+        file="pruning_nested.json",
+        columns=(
+            ("code", "codec", ""),
+            ("planes", "planes", ""),
+            ("keys wanted", "target_fraction", ".2%"),
+            ("scanned", "scanned_fraction", ".1%"),
+            ("bytes read", "bytes_fraction", ".3f"),
+            ("keys lost", "num_false_negatives", ""),
+        ),
+        where={"codec": ("frames", "frames-2+2", "frames-3+1")},
+    ),
     "sum": Table(
         file="pruning_slicing.json",
         columns=(

@@ -45,9 +45,10 @@ class Plane:
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """The sketch's frames per block and channel, with every choice open. A second plane codes 4 more bits in each cell."""
+    """The sketch's frames per block and channel, with every choice open. A second plane codes more bits in each cell."""
 
     bits: int = 4
+    more_bits: int = 4
     frame_len: int = 128
     slice_dims: int = 64
     radius_bits: int = 8
@@ -63,8 +64,9 @@ class Frames:
         levels = 2**self.bits
         center, scale = _fit(x, levels, self.clip)
         first = _code(x - center, scale, levels) + center
-        fine = scale / 16
-        second = first + _code(x - first, fine, 16)
+        fine = scale / 2**self.more_bits
+        middle = first + fine / 2  # codes reach a step further down than up
+        second = middle + _code(x - middle, fine, 2**self.more_bits)
         weight = query_weight(queries[None], heads)[0, :, None].double()
         inverse = inverse_weight(scale[:, :, 0], weight, _frame_metric(self.metric))
         slices = len(slice_lengths(dims, self.slice_dims))
@@ -73,7 +75,7 @@ class Frames:
         planes = []
         for decoded, bytes_per_key in (
             (first, dims * self.bits / 8 + radius_bytes + overhead),
-            (second, dims / 2 + radius_bytes),
+            (second, dims * self.more_bits / 8 + radius_bytes),
         ):
             radius = _radii(x - decoded, inverse[:, :, None], self.slice_dims, self.radius_bits)
             planes.append(
@@ -176,6 +178,10 @@ CODECS = {
     "frames-radius-4bit": Frames(radius_bits=4),
     "frames-radius-16bit": Frames(radius_bits=16),
     "frames-3bit": Frames(bits=3),
+    "frames-2+2": Frames(
+        bits=2, more_bits=2
+    ),  # the four bits of "frames", the lower two read for survivors of the upper two
+    "frames-3+1": Frames(bits=3, more_bits=1),
     "key4": PerKey(),
     "key4-radius-32": PerKey(slice_dims=32),
     "key4-fourth-root": PerKey(power=1 / 4),
