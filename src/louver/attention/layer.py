@@ -17,7 +17,7 @@ from louver.index.flat import FlatIndex
 from louver.index.sketch import SketchIndex
 from louver.kernels import resolve_backend
 from louver.policies.base import Dense
-from louver.policies.spec import parse
+from louver.policies.spec import DEFAULT_POLICY, parse
 from louver.protocols import AttendResult, KeyIndex, Policy
 from louver.shapes import Keys, PerRow, Query, Values, check_query
 from louver.sketch.layout import SketchConfig
@@ -46,7 +46,7 @@ class LouverAttention(OnStore):
 
     def __init__(
         self,
-        policy: str | Policy = "exact:0.01",
+        policy: str | Policy = DEFAULT_POLICY,
         *,
         index: str = "sketch",
         config: SketchConfig | None = None,

@@ -19,7 +19,7 @@ from louver.kernels.cpu.crossover import is_short
 from louver.kernels.ops import TierOutput
 from louver.policies.base import Dense
 from louver.policies.output_error import OutputError
-from louver.policies.spec import parse
+from louver.policies.spec import DEFAULT_POLICY, parse
 from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
 from louver.shapes import Keys, Query, Values, check_keys_values, check_query
 from louver.sketch.accounting import byte_weights
@@ -30,7 +30,7 @@ def attend(
     q: Query,
     index: KeyIndex,
     values: Values | None = None,
-    policy: str | Policy = "exact:0.01",
+    policy: str | Policy = DEFAULT_POLICY,
     *,
     softmax_scale: float | None = None,
     keep_best: bool = False,

@@ -11,6 +11,7 @@ from louver.cli.console import console, reports_errors
 from louver.cli.lists import split_list
 from louver.experiments.evaluation import Config, run
 from louver.experiments.rows import Row, write_rows
+from louver.policies import DEFAULT_POLICY
 
 
 @reports_errors
@@ -19,7 +20,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-evaluation-harness, separated by commas.")],
     policy: Annotated[
         str, typer.Option(help="Policies or other methods (quest:0.1, fp8), separated by commas.")
-    ] = "dense,exact:0.01",
+    ] = f"dense,{DEFAULT_POLICY}",
     limit: Annotated[float | None, typer.Option(help="Samples per task, or a share of them below 1.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question. Default: the task's.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder with task files of your own.")] = None,

@@ -33,7 +33,7 @@ from louver.experiments.document import (
 )
 from louver.experiments.picture import picture
 from louver.index import FlatIndex
-from louver.policies import parse
+from louver.policies import DEFAULT_POLICY, parse
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -45,7 +45,7 @@ class Config:
     model: str | None = None  # a folder or a name on the model hub; None: the offline model
     document: Path | None = None  # a text file; None: Python's own help topics
     question: str = QUESTION
-    policy: str = "exact:0.01"
+    policy: str = DEFAULT_POLICY
     index: str = "sketch"  # sketch, flat or ball; the last two serve retrieval policies
     document_tokens: int = 6000  # the document is cut here
     max_new_tokens: int = 32  # decoding goes on past an end of text, so that every run measures as many steps

@@ -16,6 +16,7 @@ from typing import Any
 from louver.errors import InputFileError, PolicyError
 from louver.experiments.methods import Method, method
 from louver.experiments.models import load, model_name
+from louver.policies import DEFAULT_POLICY
 
 SHARES_RIGHT = ("acc", "acc_norm", "exact_match", "math_verify")  # metrics that are accuracies
 Z = 1.96
@@ -27,7 +28,7 @@ class Config:
 
     model: str
     tasks: tuple[str, ...]  # tasks, groups or tags of the harness
-    policies: tuple[str, ...] = ("dense", "exact:0.01")  # or any method of experiments.methods
+    policies: tuple[str, ...] = ("dense", DEFAULT_POLICY)  # or any method of experiments.methods
     limit: float | None = None  # samples per task, or a share of them below 1
     num_fewshot: int | None = None  # None: as the task says
     include_path: Path | None = None  # a folder with task files of your own

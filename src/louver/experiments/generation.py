@@ -11,7 +11,7 @@ from louver.errors import InputFileError
 from louver.experiments.decoding import decode, prefill, stop_tokens
 from louver.experiments.demo_model import demo_model, load_model
 from louver.experiments.document import build_prompt, read_document, read_text
-from louver.policies import parse
+from louver.policies import DEFAULT_POLICY, parse
 
 DEMO = "demo"  # this name stands for the offline model
 
@@ -24,7 +24,7 @@ class Config:
     prompt_file: Path
     question: str | None = None  # put under the file's text
     chat: bool = False  # go through the model's chat template
-    policy: str = "exact:0.01"
+    policy: str = DEFAULT_POLICY
     index: str = "sketch"  # sketch, flat or ball; the last two serve retrieval policies
     max_new_tokens: int = 128
     backend: str = "auto"

@@ -9,11 +9,12 @@ from louver.policies.output_error import OutputError
 from louver.policies.per_head import PerHead
 from louver.policies.relative import Relative
 from louver.policies.sampled import SampleBudget, Sampled, SampleGap, SampleMax, SampleMeanMax, SampleTopK
-from louver.policies.spec import parse
+from louver.policies.spec import DEFAULT_POLICY, parse
 from louver.policies.topk import TopK
 from louver.policies.union import Union
 
 __all__ = [
+    "DEFAULT_POLICY",
     "BasePolicy",
     "Budget",
     "Dense",

@@ -10,11 +10,12 @@ from louver.integrations.transformers import hook
 from louver.integrations.transformers.cache import LouverCache
 from louver.integrations.transformers.support import check_model, name_of
 from louver.integrations.transformers.tuning import PolicyChoice, read_tuning
+from louver.policies import DEFAULT_POLICY
 
 
 def attach(
     model: nn.Module,
-    policy: PolicyChoice = "exact:0.01",
+    policy: PolicyChoice = DEFAULT_POLICY,
     *,
     tuning: str | os.PathLike[str] | None = None,
     **options: Any,

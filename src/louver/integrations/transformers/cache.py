@@ -16,7 +16,7 @@ from louver.integrations.transformers.layer import LouverLayer, Observer, Shared
 from louver.integrations.transformers.stats import DecodeStats, Summary
 from louver.integrations.transformers.support import check_config
 from louver.integrations.transformers.tuning import PolicyChoice, choose_policies, read_tuning
-from louver.policies import parse
+from louver.policies import DEFAULT_POLICY, parse
 from louver.protocols import LayerAttention, Policy
 
 _PLACES = {"gpu": "on the GPU", "host": "in RAM", "disk": "on disk"}
@@ -54,7 +54,7 @@ class LouverCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        policy: PolicyChoice = "exact:0.01",
+        policy: PolicyChoice = DEFAULT_POLICY,
         layer: Callable[[int], LayerAttention] | None = None,
         observer: Observer | None = None,
         reserve_tokens: int = 0,

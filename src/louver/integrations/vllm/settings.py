@@ -8,6 +8,7 @@ from typing import Any
 
 from louver.attention.paged import check_policy
 from louver.errors import PolicyError
+from louver.policies import DEFAULT_POLICY
 
 VARIABLE = "LOUVER_VLLM_POLICY"
 KEY = "louver"
@@ -17,7 +18,7 @@ KEY = "louver"
 class Settings:
     """The plug-in's settings, checked."""
 
-    policy: str = "exact:0.01"  # what a decode step keeps (results)
+    policy: str = DEFAULT_POLICY  # what a decode step keeps (results)
     min_tokens: int = (
         0  # decode batches whose longest request is shorter are vLLM's own (results within the certificate)
     )
