@@ -28,12 +28,12 @@ def on_tensors() -> None:
     )
 
     exact = louver.attend(q, index, policy="dense").out
-    for policy in ("exact:0.01", "budget:0.05"):
+    for policy in ("exact:0.01+unread:0.05", "budget:0.05"):
         result = louver.attend(q, index, policy=policy)
         error = (result.out - exact).norm(dim=-1)
         assert (error <= result.certificate + result.arithmetic_bound).all(), "the certificate did not hold"
         print(
-            f"{policy:12s} error {error.mean() / exact.norm(dim=-1).mean():.2%}, at most "
+            f"{policy:23s} error {error.mean() / exact.norm(dim=-1).mean():.2%}, at most "
             f"{result.certificate.mean() / exact.norm(dim=-1).mean():.1f}x the output, bytes {result.stats.bytes_fraction:.1%}"
         )
 
@@ -43,7 +43,7 @@ def in_a_model() -> None:
     model, tokenizer = demo_model()
     text = "Louvers are slats that let light through and keep rain out. " * 20 + "Louvers keep out the"
     inputs = tokenizer(text, return_tensors="pt")
-    cache = attach(model, policy="exact:0.01")
+    cache = attach(model)
     out = model.generate(**inputs, **cache.kwargs(), max_new_tokens=8, do_sample=False, pad_token_id=0)
     print(repr(tokenizer.decode(out[0, inputs.input_ids.shape[1] :])))
     print(cache)

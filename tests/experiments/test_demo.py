@@ -7,6 +7,7 @@ from integrations import tiny_models
 from louver.errors import PolicyError
 from louver.experiments import generation
 from louver.experiments.demo import Config, run
+from louver.policies import DEFAULT_POLICY
 
 
 class Letters:
@@ -40,7 +41,7 @@ def test_the_sketch_stands_beside_dense(text):
     assert [(row["index"], row["policy"]) for row in found.rows] == [
         ("none", "dense"),
         ("none", "sdpa"),
-        ("sketch", "exact:0.01"),
+        ("sketch", DEFAULT_POLICY),
     ]
     row = found.rows[2]
     assert row["num_bound_violations"] == row["num_false_negatives"] == 0

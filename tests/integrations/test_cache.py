@@ -13,6 +13,7 @@ from louver.errors import PolicyError
 from louver.experiments.audit import Audit
 from louver.integrations.transformers import LouverCache, attach
 from louver.kernels import crossover
+from louver.policies import DEFAULT_POLICY
 from louver.sketch.layout import SketchConfig
 
 
@@ -223,7 +224,7 @@ def test_repr(model, prompts):
     assert "no decode step yet" in repr(cache.stats)
     generate(model, prompts.single, cache, 4)
     assert "of dense bytes" in repr(cache) and "relative certificate" in repr(cache.stats)
-    assert repr(attach(model)).startswith("LouverCache(exact:0.01, ")
+    assert repr(attach(model)).startswith(f"LouverCache({DEFAULT_POLICY}, ")
     assert repr(cache.layers[0]) == f"LouverLayer(0, LouverAttention, {cache.get_seq_length()} tokens)"
 
 

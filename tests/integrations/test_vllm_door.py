@@ -9,6 +9,7 @@ from louver.integrations.vllm.audit import audit
 from louver.integrations.vllm.settings import Settings, settings_of
 from louver.integrations.vllm.support import check_engine, check_layer, frame_len_for, left_to_vllm
 from louver.integrations.vllm.totals import Totals
+from louver.policies import DEFAULT_POLICY
 from louver.sketch import SketchConfig
 
 PLAIN = {"kv_connector": False, "decode_context_parallel": 1, "cache_dtype": "auto"}
@@ -21,8 +22,8 @@ PLAIN = {"kv_connector": False, "decode_context_parallel": 1, "cache_dtype": "au
         (None, {}, None),
         ({}, {"LOUVER_VLLM_POLICY": " "}, None),
         ({}, {"LOUVER_VLLM_POLICY": "exact:0.02"}, "exact:0.02"),
-        ({"louver": True}, {}, "exact:0.01"),
-        ({"louver": {}}, {}, "exact:0.01"),
+        ({"louver": True}, {}, DEFAULT_POLICY),
+        ({"louver": {}}, {}, DEFAULT_POLICY),
         ({"louver": "topk:64"}, {"LOUVER_VLLM_POLICY": "exact:0.02"}, "topk:64"),
         ({"louver": {"frame_len": 64}}, {"LOUVER_VLLM_POLICY": "exact:0.02"}, "exact:0.02"),
         ({"louver": False}, {"LOUVER_VLLM_POLICY": "exact:0.02"}, None),
@@ -112,6 +113,6 @@ def test_a_line_is_due_when_time_has_passed_and_something_happened():
 
 
 def test_settings_say_what_they_are():
-    assert Settings().policy == "exact:0.01"
+    assert Settings().policy == DEFAULT_POLICY
     with pytest.raises(PolicyError):
         Settings(policy="exact:2")

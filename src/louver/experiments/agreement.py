@@ -32,8 +32,8 @@ from louver.policies import parse
 from louver.protocols import AttendResult, LayerAttention
 
 POLICIES = (
-    "exact:0.002", "exact:0.005", "exact:0.01", "exact:0.03", "error:0.05", "mass:0.001", "error:0.1", "error:0.2", "error:0.5",
-    "mass:0.01", "mass:0.05", "mass:0.1", "fp8", "kivi4",
+    "exact:0.002", "exact:0.005", "exact:0.01", "exact:0.01+unread:0.05", "exact:0.03", "error:0.05", "mass:0.001", "error:0.1",
+    "error:0.2", "error:0.5", "mass:0.01", "mass:0.05", "mass:0.1", "fp8", "kivi4",
 )  # fmt: skip
 MOST_TOKENS = 16  # that a LouverAttention serves at once, each as if it came alone
 QUESTION = "What is this text about? Give the details that matter, with examples."

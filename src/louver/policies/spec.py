@@ -24,7 +24,7 @@ from louver.policies.topk import TopK
 from louver.policies.union import Union, most
 from louver.protocols import Policy
 
-DEFAULT_POLICY = "exact:0.01"  # where none is named, at every door; docs/policies.md says why
+DEFAULT_POLICY = "exact:0.01+unread:0.05"  # where none is named, at every door; docs/policies.md says why
 
 # name -> (class, the field its argument sets, how the argument is read, what it means)
 _POLICIES: dict[str, tuple[type[BasePolicy], str | None, Callable[[str], float | int], str]] = {

@@ -1,6 +1,6 @@
 """Louver inside Hugging Face transformers: a cache that serves the decode steps, and the attention function that asks it.
 
-    cache = attach(model, policy="exact:0.01")
+    cache = attach(model)
     model.generate(**inputs, **cache.kwargs())
 
 Nothing is patched. The attention function is registered by name through transformers' own interfaces; the cache marks the keys
