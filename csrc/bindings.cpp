@@ -149,6 +149,24 @@ void attend_dense(const Array& q, const Array& keys, const Array& values, const 
     table.attend_dense(problem, data<char>(out), data<float>(lse), num_threads);
 }
 
+// Whether no element has the exponent of infinity and NaN.
+template <class Bits>
+bool none_has(const Array& x, Bits exponent) {
+    const Bits* bits = data<const Bits>(x);
+    bool special = false;
+    for (size_t i = 0; i < x.size(); ++i) special |= (bits[i] & exponent) == exponent;
+    return !special;
+}
+
+bool is_finite(const Array& x) {
+    require(contiguous(x), "wanted a contiguous array");
+    switch (dtype_of(x)) {
+        case DType::float32: return none_has<uint32_t>(x, 0x7f800000u);
+        case DType::float16: return none_has<uint16_t>(x, 0x7c00u);
+        default: return none_has<uint16_t>(x, 0x7f80u);
+    }
+}
+
 nb::list instruction_sets() {
     nb::list out;
     int count = 0;
@@ -187,6 +205,7 @@ NB_MODULE(_native, m) {
     m.def("attend_dense", &attend_dense, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
           "kv_start"_a.noconvert(), "kv_len"_a.noconvert(), "block_table"_a.noconvert().none(), "softmax_scale"_a,
           "out"_a.noconvert(), "lse"_a.noconvert(), "num_threads"_a, "isa"_a);
+    m.def("is_finite", &is_finite, "x"_a.noconvert());
     bind_tiers(m);
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets of this build that this machine can run, the best first.");

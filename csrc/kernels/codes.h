@@ -102,22 +102,34 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
 
 #elif defined(__AVX2__)
 
-// Eight vectors of eight numbers each, to the vector of their sums.
-LOUVER_INLINE __m256i sums_of_eight(const __m256i* x) {
-    const __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(x[0], x[1]), _mm256_hadd_epi32(x[2], x[3]));
-    const __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(x[4], x[5]), _mm256_hadd_epi32(x[6], x[7]));
+// Running sums of eight tokens, added up two by two, to the vector of their eight sums: of 32 bits, or of 16 that have
+// room for one more addition or none.
+enum class Width { wide, narrow, narrow_with_room };
+template <Width kWidth>
+LOUVER_INLINE __m256i sums_of_pairs(const __m256i* pair) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    auto four = [&](__m256i a, __m256i b) LOUVER_ALWAYS_INLINE {
+        if (kWidth == Width::narrow_with_room) return _mm256_madd_epi16(_mm256_hadd_epi16(a, b), ones);
+        if (kWidth == Width::narrow) a = _mm256_madd_epi16(a, ones), b = _mm256_madd_epi16(b, ones);
+        return _mm256_hadd_epi32(a, b);
+    };
+    const __m256i a = four(pair[0], pair[1]), b = four(pair[2], pair[3]);
     return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
 }
 
-// Eight tokens, four heads at most. A product of a code and a query is at most 15 * 127, and sixteen of them, those of
-// a lane in four pieces of 32 bytes, stay within 16 bits.
-template <int kHeads>
+// Eight tokens, four heads at most, `pieces` times 32 packed bytes each. A product of a code and a query is at most 15
+// * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces, or in one or two and what is added to
+// it on the way to its token's sum.
+template <int kHeads, int kPieces>
 LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
                              int64_t half_padded, int32_t* dots, int64_t stride) {
-    constexpr int kTokens = kHeads > 2 ? 2 : 4;  // at once: their running sums stay in registers
+    constexpr bool kFew = kPieces == 1 || kPieces == 2;  // known here; else any number
+    constexpr int kTokens = kFew || kHeads > 2 ? 2 : 4;  // at once: their running sums stay in registers
+    if (kFew) pieces = kPieces;
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i total[kHeads][8];
+    __m256i pair[kHeads][4];
     for (int t0 = 0; t0 < 8; t0 += kTokens) {
+        __m256i total[kHeads][kTokens];
         for (int64_t first = 0; first < pieces; first += 4) {
             __m256i sums[kHeads][kTokens];
             for (int g = 0; g < kHeads; ++g)
@@ -137,13 +149,35 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pi
                 }
             for (int g = 0; g < kHeads; ++g)
                 for (int t = 0; t < kTokens; ++t) {
-                    const __m256i wide = _mm256_madd_epi16(sums[g][t], ones);
-                    total[g][t0 + t] = first == 0 ? wide : _mm256_add_epi32(total[g][t0 + t], wide);
+                    const __m256i wide = kFew ? sums[g][t] : _mm256_madd_epi16(sums[g][t], ones);
+                    total[g][t] = first == 0 ? wide : _mm256_add_epi32(total[g][t], wide);
                 }
         }
+        for (int g = 0; g < kHeads; ++g)
+            for (int t = 0; t < kTokens; t += 2) {
+                const __m256i a = total[g][t], b = total[g][t + 1];
+                pair[g][(t0 + t) / 2] = kFew ? _mm256_hadd_epi16(a, b) : _mm256_hadd_epi32(a, b);
+            }
     }
+    constexpr Width kWidth = kPieces == 1 ? Width::narrow_with_room : kPieces == 2 ? Width::narrow : Width::wide;
     for (int g = 0; g < kHeads; ++g)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + g * stride), sums_of_eight(total[g]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + g * stride), sums_of_pairs<kWidth>(pair[g]));
+}
+
+template <int kPieces>
+LOUVER_INLINE void dot_all_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
+                                 int64_t half_padded, int64_t group, int32_t* dots, int64_t stride) {
+    for (int64_t i = 0; i < kCodeTokens; i += 8, codes += 8 * row_bytes, dots += 8) {
+        int64_t g = 0;
+        for (; g + 4 <= group; g += 4)
+            dot_heads<4, kPieces>(codes, row_bytes, pieces, query + g * 2 * half_padded, half_padded, dots + g * stride,
+                                  stride);
+        const int8_t* rest = query + g * 2 * half_padded;
+        int32_t* to = dots + g * stride;
+        if (group - g == 1) dot_heads<1, kPieces>(codes, row_bytes, pieces, rest, half_padded, to, stride);
+        if (group - g == 2) dot_heads<2, kPieces>(codes, row_bytes, pieces, rest, half_padded, to, stride);
+        if (group - g == 3) dot_heads<3, kPieces>(codes, row_bytes, pieces, rest, half_padded, to, stride);
+    }
 }
 
 inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
@@ -158,18 +192,9 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
         codes = copy;
     }
     const int64_t pieces = half_padded / kCodeBytes;
-    for (int64_t i = 0; i < kCodeTokens; i += 8) {
-        const uint8_t* from = codes + i * row_bytes;
-        int64_t g = 0;
-        for (; g + 4 <= group; g += 4)
-            dot_heads<4>(from, row_bytes, pieces, query + g * 2 * half_padded, half_padded, dots + g * stride + i,
-                         stride);
-        const int8_t* rest = query + g * 2 * half_padded;
-        int32_t* to = dots + g * stride + i;
-        if (group - g == 1) dot_heads<1>(from, row_bytes, pieces, rest, half_padded, to, stride);
-        if (group - g == 2) dot_heads<2>(from, row_bytes, pieces, rest, half_padded, to, stride);
-        if (group - g == 3) dot_heads<3>(from, row_bytes, pieces, rest, half_padded, to, stride);
-    }
+    if (pieces == 1) return dot_all_heads<1>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
+    if (pieces == 2) return dot_all_heads<2>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
+    dot_all_heads<0>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
 }
 
 #else

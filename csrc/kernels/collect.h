@@ -10,7 +10,7 @@ enum class AlsoFind { nothing, left_out, top_estimate };
 // Put this thread's keys on the list whose upper bound reaches cut for some head, unless it reached `before` already,
 // and score them. In the same pass, per head: the sum of the ceilings of the keys below its cut (left_out, into
 // unit.mass), or the largest estimate of the keys no head's cut is reached by (top_estimate, into the thread's
-// extremes).
+// extremes), in place of the largest of all.
 template <AlsoFind kAlso>
 inline void collect(Unit& unit, const float* cut, const float* before) {
     const int64_t group = unit.group.size, frame_len = unit.sketch->frame_len;

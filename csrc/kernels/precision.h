@@ -52,7 +52,18 @@ inline bool little_unread(const Unit& unit) {
     return true;
 }
 
-// What weights are relative to, and what arithmetic can add to a logit: collect has found the largest estimate.
+// Whether the largest estimate of any key, which the scan has found, is near enough to a score to be what weights are
+// relative to: of an exact key it may lie far above its score, and beside it all weights would vanish.
+inline bool near_a_score(const Unit& unit) {
+    constexpr float kNats = 10;
+    for (int64_t g = 0; g < unit.group.size; ++g) {
+        const float estimate = over_members(unit, g, &Extremes::top), peak = over_members(unit, g, &Extremes::peak);
+        if (!(estimate * unit.problem->softmax_scale <= peak * unit.problem->softmax_scale + kNats)) return false;
+    }
+    return true;
+}
+
+// What weights are relative to, and what arithmetic can add to a logit.
 inline void settle_top(Unit& unit) {
     const float scale = unit.problem->softmax_scale;
     unit.my_heads([&](int64_t g) {
@@ -88,7 +99,7 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
         unit.cut[g] = threshold_for(unit.upper + g * unit.stride, unit.closed, need + decided, unit.packed);
     });
     unit.wait();
-    collect<AlsoFind::top_estimate>(unit, unit.cut, nullptr);
+    collect<AlsoFind::nothing>(unit, unit.cut, nullptr);
     unit.wait();
     if (rule.keep_best) {
         // The key with the best score has an upper bound no floor exceeds: with some scored, the cut can follow the
@@ -101,7 +112,12 @@ inline void precision_unit(Unit& unit, float* weights, float* value_norms, Coars
         unit.wait();
         bool lowered = false;  // the same for every thread
         for (int64_t g = 0; g < group; ++g) lowered |= unit.cut[g] < unit.before[g];
-        if (lowered) collect<AlsoFind::top_estimate>(unit, unit.cut, unit.before);
+        if (lowered) collect<AlsoFind::nothing>(unit, unit.cut, unit.before);
+        unit.wait();
+    }
+    if (!near_a_score(unit)) {  // the same for every thread
+        unit.wait();
+        collect<AlsoFind::top_estimate>(unit, unit.cut, unit.cut);  // of the keys that are left; lists none
         unit.wait();
     }
     settle_top(unit);

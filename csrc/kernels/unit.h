@@ -25,7 +25,7 @@ struct Sums {
 // What a thread finds out while it scans, per head.
 struct Extremes {
     float lower;   // the largest lower bound of any key
-    float top;     // the largest finite upper bound, or from `collect` on the largest estimate where it is asked for
+    float top;     // the largest finite upper bound; where nothing is dropped, the largest estimate
     float extent;  // the largest |estimate| + half-width
     float peak;    // the largest exact score
 };
@@ -172,7 +172,8 @@ inline void scan_unit(Unit& unit) {
             float* uppers = unit.upper + g * unit.stride + base;
             float* estimates = unit.estimate + g * unit.stride + base;
             head_bounds(unit.scan, g, [&](int64_t token, Floats estimate, Floats width) LOUVER_ALWAYS_INLINE {
-                Floats upper = estimate + width, finite = upper, lower = splat(-kInfinity), extent = splat(0);
+                Floats upper = estimate + width, lower = splat(-kInfinity), extent = splat(0);
+                Floats finite = kSpillEstimates ? estimate : upper;
                 if (floors) lower = estimate - width;
                 if (kSpillEstimates) extent = abs(estimate) + width;
                 if (any) {
@@ -183,7 +184,7 @@ inline void scan_unit(Unit& unit) {
                 }
                 if (floors) best_lower = max(best_lower, lower);
                 if (kSpillEstimates) widest = max(widest, extent);
-                if (!kSpillEstimates) top = max(top, finite);
+                top = max(top, finite);
                 store_some(uppers + token, upper, sketch.frame_len - token);
                 if (kSpillEstimates) store_some(estimates + token, estimate, sketch.frame_len - token);
             });

@@ -4,6 +4,7 @@ Axes are named ``batch, num_q_heads, num_kv_heads, kv_len, head_dim`` throughout
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,12 @@ PerRow = Int[Tensor, " batch"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_query(q: Tensor, keys: Tensor) -> None:
+def is_finite(x: Tensor) -> bool:
+    """Whether no element is NaN or infinite. The sum says it in one op, except where it overflows."""
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
+
+
+def check_query(q: Tensor, keys: Tensor, is_finite: Callable[[Tensor], bool] = is_finite) -> None:
     """Raise a ShapeError or NonFiniteError unless q [batch, num_q_heads, head_dim] can ask about keys."""
     if q.dim() != 3:
         raise ShapeError(
@@ -40,8 +46,7 @@ def check_query(q: Tensor, keys: Tensor) -> None:
             "did you pass [batch, len, heads, dim] instead of [batch, heads, len, dim]?"
         )
     # On a GPU the answer would make the host wait at every step; the kernels treat every key of such a query exactly.
-    # The sum says it in one op, except where it overflows.
-    if not q.is_cuda and not math.isfinite(q.sum().item()) and not torch.isfinite(q).all():
+    if not q.is_cuda and not is_finite(q):
         raise NonFiniteError("q holds NaN or infinity; a query that is not finite has no bounds")
 
 

@@ -15,13 +15,14 @@ from louver.attention.within import attend_within
 from louver.errors import PolicyError, ShapeError
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
+from louver.kernels.cpu import native
 from louver.kernels.cpu.crossover import is_short
 from louver.kernels.ops import TierOutput
 from louver.policies.base import Dense
 from louver.policies.output_error import OutputError
 from louver.policies.spec import DEFAULT_POLICY, parse
 from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
-from louver.shapes import Keys, Query, Values, check_keys_values, check_query
+from louver.shapes import Keys, Query, Values, check_keys_values, check_query, is_finite
 from louver.sketch.accounting import byte_weights
 from louver.sketch.layout import Sketch
 
@@ -54,7 +55,7 @@ def attend(
     policy = parse(policy)
     index.refresh()
     keys, own = index.store.keys, index.store.values
-    check_query(q, keys)
+    check_query(q, keys, _finite_check(index))
     own_values = values is None or own is None
     values = own if values is None else values
     if values is None:
@@ -70,6 +71,10 @@ def attend(
     return attend_retrieval(q, index, values, policy, scale, keep_best, record)
 
 
+def _finite_check(index: KeyIndex) -> Callable[[Tensor], bool]:
+    return native.is_finite if isinstance(index, SketchIndex) and index.backend == "cpu" else is_finite
+
+
 def attend_many(
     q: Tensor, index: SketchIndex, policy: Policy, softmax_scale: float, keep_best: bool = False, record: bool = False
 ) -> AttendResult:
@@ -83,7 +88,7 @@ def attend_many(
     def step(q: Query, seen: SketchIndex) -> AttendResult:
         keys, values = seen.store.keys, seen.store.values
         assert values is not None
-        check_query(q, keys)
+        check_query(q, keys, _finite_check(seen))
         return _attend_sketch(q, seen, keys, values, True, policy, softmax_scale, keep_best, record)
 
     if index.backend in ("cpu", "reference"):  # a row's tokens in one step

@@ -44,6 +44,9 @@ class DeviceStore:
         self._ragged = False  # rows end at different positions
         self._padding_known: tuple[Tensor, int, bool] | None = None  # of which kv_start the host knows whether it pads
         self._borrowed = False  # the buffers are somebody else's tensors
+        # What was last shown of each buffer, and of how many tokens: every step asks several times.
+        self._keys_view: tuple[Tensor, int, Tensor] | None = None
+        self._values_view: tuple[Tensor, int, Tensor] | None = None
 
     @classmethod
     def wrap(
@@ -87,12 +90,22 @@ class DeviceStore:
     @property
     def keys(self) -> Keys:
         """A view [batch, num_kv_heads, kv_len, head_dim] of the keys held."""
-        return _NOTHING if self._keys is None else self._keys[:, :, : self._len]
+        if self._keys is None:
+            return _NOTHING
+        known = self._keys_view
+        if known is None or known[0] is not self._keys or known[1] != self._len:
+            known = self._keys_view = (self._keys, self._len, self._keys[:, :, : self._len])
+        return known[2]
 
     @property
     def values(self) -> Values | None:
         """A view [batch, num_kv_heads, kv_len, head_dim] of the values held, None if there are none."""
-        return None if self._values is None else self._values[:, :, : self._len]
+        if self._values is None:
+            return None
+        known = self._values_view
+        if known is None or known[0] is not self._values or known[1] != self._len:
+            known = self._values_view = (self._values, self._len, self._values[:, :, : self._len])
+        return known[2]
 
     @property
     def kv_start(self) -> PerRow:
@@ -189,7 +202,7 @@ class DeviceStore:
 
     def clear(self) -> None:
         """Give the buffers back; the next append decides shapes anew."""
-        self._keys = self._values = self._kv_start = self._kv_len = None
+        self._keys = self._values = self._kv_start = self._kv_len = self._keys_view = self._values_view = None
         self._len, self._ragged = 0, False
 
     def memory_bytes(self) -> int:
@@ -206,6 +219,7 @@ class DeviceStore:
             new = self._buffer(old, capacity, batch=len(rows))
             torch.index_select(old[:, :, : self._len], 0, rows, out=new[:, :, : self._len])
             setattr(self, name, new)
+        self._keys_view = self._values_view = None  # they would keep the old buffers
         self._borrowed = False
 
     def _buffer(self, like: Tensor, capacity: int, batch: int | None = None) -> Tensor:
