@@ -139,7 +139,7 @@ def _attend_sketch(
     place = (store.kv_start, store.kv_len, scale)
     rules = head_rules(policy, sketch, keys.shape[1], index.backend)
     fused = rule is not None or rules is not None
-    if fused and index.backend == "cpu" and is_short(keys, *place[:2], policy.drops):
+    if fused and index.backend == "cpu" and is_short(keys, *place[:2]):
         return attend_everything(q, store, values, scale, record, ops.attend_dense)
     if rule is not None:
         step = ops.step(q, keys, values, sketch, rule, *place, policy.sinks, policy.recent, keep_best, record)

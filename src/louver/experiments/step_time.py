@@ -81,7 +81,7 @@ def kernel_times(shape: tuple[int, int, int], kv_len: int, backend: str, repetit
         sketch_call_us=sketch_call,
         sketch_key_us=key,
         exact_key_us=exact,
-        dense_up_to=int(min(most_tokens(shape[2], 4, drops=False), LONGEST)) if dispatched else 0,
+        dense_up_to=int(min(most_tokens(shape[2], 4), LONGEST)) if dispatched else 0,
     )
 
 

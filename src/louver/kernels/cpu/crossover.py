@@ -8,27 +8,26 @@ from louver.shapes import Keys, PerRow
 
 # Tokens up to which dense is faster: FIXED / (bytes of one key - SKETCHED), as measured (docs/kernels.md). A step through the sketch has
 # fixed work to pay, and saves of each key what it is wider than its own share of the sketch's arithmetic.
-FIXED = {"drop": 170_000, "keep": 150_000}
-SKETCHED = {"drop": 85, "keep": 118}
+FIXED = 170_000
+SKETCHED = 85
 # With AVX2 the dense kernel, 16 bits wide or 32, is bound by arithmetic: a step through the sketch saves most of it, whatever is kept.
 FIXED_AVX2 = 250_000
 
 
-def most_tokens(head_dim: int, element_size: int, drops: bool) -> float:
+def most_tokens(head_dim: int, element_size: int) -> float:
     """Tokens of a row up to which the dense kernel is no slower; infinite for keys too narrow to save anything."""
     if native.instruction_set() == "avx2":
         return FIXED_AVX2 / (head_dim * element_size)
-    kind = "drop" if drops else "keep"
-    saved = head_dim * element_size - SKETCHED[kind]
-    return FIXED[kind] / saved if saved > 0 else math.inf
+    saved = head_dim * element_size - SKETCHED
+    return FIXED / saved if saved > 0 else math.inf
 
 
-def is_short(keys: Keys, kv_start: PerRow, kv_len: PerRow, drops: bool) -> bool:
+def is_short(keys: Keys, kv_start: PerRow, kv_len: PerRow) -> bool:
     """Whether a step over rows kv_start .. kv_len of keys (and as many values) is faster densely, rows taken together."""
     if not crossover.enabled:
         return False
     batch, _, tokens, head_dim = keys.shape
-    most = most_tokens(head_dim, keys.element_size(), drops)
+    most = most_tokens(head_dim, keys.element_size())
     if tokens <= most:  # without asking how long each row is
         return True
     return batch > 1 and int((kv_len - kv_start).sum()) <= most * batch
