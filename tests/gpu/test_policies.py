@@ -7,11 +7,12 @@ from louver import LouverAttention
 from louver.attention.asked import num_asked_violations
 from louver.experiments.synthetic import heavy_tailed
 from louver.kernels import crossover
-from louver.policies.spec import parse
+from louver.policies import DEFAULT_POLICY, parse
 
 pytestmark = pytest.mark.gpu
 
 POLICIES = [
+    DEFAULT_POLICY,
     "exact:0.01",
     "exact:0.002+sinks:4+recent:64",
     "budget:0.05",
