@@ -223,6 +223,67 @@ def check_within(case: Case, device: str) -> dict[str, float]:
     }
 
 
+LOOKS = [
+    Case(policy="mass:0.1"),
+    Case(policy="relative:3+sinks:3+recent:9", head_dim=128, group=1, pad=7),
+    Case(policy="mass:0.3", head_dim=80, dtype=torch.float32, pad=5, frame_len=128, kv_len=700),
+    Case(policy="relative:4", group=4, huge=True),
+    Case(policy="mass:0.3+sinks:3+recent:70", spread=40.0),
+    Case(policy="topk:7|mass:0.4", group=7, kv_len=1100),
+    Case(policy="relative:2|fixed:30", kv_len=40),
+    Case(policy="mass:0.5", group=4, huge=True, kv_len=1100),
+    Case(policy="sample-topk:3+size:40", group=2, pad=7),
+    Case(policy="sample-gap+seed:3+recent:5", kv_len=130),
+]
+
+
+def check_looks(case: Case, device: str) -> dict[str, float]:
+    """A step whose threshold comes out of looks keeps what it certifies and what was asked, in float64; returns what was measured."""
+    from louver import attend
+    from louver.attention.asked import num_asked_violations
+    from louver.kernels import crossover
+    from louver.policies.relative import Relative
+    from louver.policies.spec import parse
+    from louver.protocols import COUNTS
+
+    q, keys, values, start, stop, index = build(case, device)
+    policy, scale = parse(case.policy), q.shape[2] ** -0.5
+    with crossover.switched(False):
+        slow = attend(q, index, policy=policy, record=True)
+        index.backend = "triton"
+        result = attend(q, index, policy=policy, record=True)
+    scores, valid, want, weights = truth(q, keys, values, start, stop)
+    exact, out = result.exact_mask, result.out.double()
+    assert exact is not None and slow.exact_mask is not None and torch.isfinite(out).all()
+    assert not (exact & ~valid).any()
+    lost = int((valid & (scores >= result.tau.double()[..., None]) & ~exact).sum())
+    assert lost == 0, f"{lost} keys reach tau and are not exact"
+    kept = torch.where(exact, weights, 0.0)
+    dropped = (1 - kept.sum(-1)).clamp_min(0)
+    assert (dropped <= result.dropped_mass_bound.double() + 1e-6).all(), "more mass was dropped than certified"
+    assert num_asked_violations(policy, result) == 0, f"{result.dropped_mass_bound.max()} may be dropped"
+    error, bound = (out - want).norm(dim=-1), (result.certificate + result.arithmetic_bound).double()
+    assert (error <= bound).all(), f"error {error.max():.3g} exceeds its certificate {bound.min():.3g}"
+    only = kept / kept.sum(-1, keepdim=True).clamp_min(1e-300)
+    kept_out = (only.unflatten(1, (case.num_kv_heads, -1)) @ values.double()).flatten(1, 2)
+    assert ((out - kept_out).norm(dim=-1) <= result.arithmetic_bound.double()).all(), "arithmetic exceeds its bound"
+    if isinstance(policy, Relative):
+        best = torch.where(valid, scores, -torch.inf).amax(-1, keepdim=True)
+        near = valid & ((best - scores) * scale < policy.nats - 1e-3)
+        assert not (near & ~exact).any(), "a key within reach of the best was lost"
+    if policy.sample is not None:  # the estimate is the reference's, up to the rounding of scores
+        torch.testing.assert_close(result.tau, slow.tau, rtol=1e-3, atol=1e-2)
+    table = dict(zip(COUNTS, result.stats.table.unbind(-1), strict=True))
+    assert (table["exact"] <= table["scanned"]).all() and (table["scanned"] <= table["keys"] + 256).all()
+    return {
+        "bytes": result.stats.bytes_fraction,
+        "reference": slow.stats.bytes_fraction,
+        "exact": result.stats.fraction("exact"),
+        "dropped": float(dropped.max()),
+        "bound": float(result.dropped_mass_bound.max()),
+    }
+
+
 def check_unknown(policy: str, where: str, bad: float, device: str) -> None:
     """Where dense attention is not finite a step must say that it knows nothing: +inf, never NaN."""
     from louver.kernels import crossover
@@ -325,4 +386,6 @@ if __name__ == "__main__":
         print(number, case, check(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
     for case in ERRORS:
         print(case, check_within(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
+    for case in LOOKS:
+        print(case, check_looks(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
     sys.exit(0)

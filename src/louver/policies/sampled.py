@@ -49,14 +49,18 @@ class Sampled(BasePolicy):
         return "+".join([head, *rest])
 
     def cuts(self, summary: BoundSummary) -> Cuts:
-        """The estimate from the sampled scores, descending; NaN past a short row's end."""
+        """The estimate from the sampled scores."""
         assert summary.sample is not None, "a sampled policy asks for a sample"
-        known = ~torch.isnan(summary.sample)
-        scores = summary.sample.masked_fill(~known, -torch.inf).sort(-1, descending=True).values
+        tau = self.threshold(summary.sample)
+        return Cuts(unread=tau, fine=tau, exact=tau)
+
+    def threshold(self, sample: torch.Tensor) -> PerQueryHead:
+        """tau from the sampled scores [batch, num_q_heads, size]; NaN past a short row's end."""
+        known = ~torch.isnan(sample)
+        scores = sample.masked_fill(~known, -torch.inf).sort(-1, descending=True).values
         count = known.sum(-1)
         tau = torch.where(count > 0, self.estimate(scores, count), -torch.inf)
-        tau = tau.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        return Cuts(unread=tau, fine=tau, exact=tau)
+        return tau.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def estimate(self, scores: torch.Tensor, count: torch.Tensor) -> PerQueryHead:
         """tau from scores [batch, num_q_heads, size], descending, of which the first count [batch, num_q_heads] exist."""

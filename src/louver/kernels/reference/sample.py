@@ -39,12 +39,12 @@ def sample_scores(
 def reservoir(length: Int[Tensor, " batch"], longest: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Positions [batch, size] of a row's sample, counted from its first token, and which of them exist."""
     position = torch.arange(longest, device=length.device)
-    tag = torch.where(position < length[:, None], _tag(position, seed), torch.iinfo(torch.int64).max)
+    tag = torch.where(position < length[:, None], tags(position, seed), torch.iinfo(torch.int64).max)
     smallest = tag.topk(size, -1, largest=False)
     return smallest.indices, smallest.values != torch.iinfo(torch.int64).max
 
 
-def _tag(position: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
+def tags(position: Int[Tensor, " n"], seed: int) -> Int[Tensor, " n"]:
     """A 62-bit hash of (seed, position): two rounds of multiply and shift, after Steele et al., SplitMix, 2014."""
     x = position + _signed(0x9E3779B97F4A7C15 * (seed + 1))
     for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):

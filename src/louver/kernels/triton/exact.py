@@ -79,8 +79,9 @@ def rank_kernel(
                 table, row, pid % num_kv_heads, token, k_page, k_head, k_token, table_stride, page_len, PAGED
             )
             scores, slack = _scores(x, x_abs, k, at, d, k_dim, inside, slack_share, D, x.dtype)
-            held = (inside & (index < scored))[:, None] & real[None, :]
-            kept_at = (pid.to(tl.int64) * scored + index)[:, None] * G + g[None, :]
+            place = tl.where(index < num_listed, index, room + index - num_listed)  # the open block's behind the list's
+            held = (inside & (place < scored))[:, None] & real[None, :]
+            kept_at = (pid.to(tl.int64) * scored + place)[:, None] * G + g[None, :]
             tl.store(list_scores + kept_at, scores, mask=held)
             tl.store(list_slacks + kept_at, slack, mask=held)
             logit = (scores - slack) * scale
@@ -156,9 +157,10 @@ def exact_kernel(
         entry = tl.load(listed + pid.to(tl.int64) * room + index, mask=inside & is_listed, other=DECIDED)
         token = tl.where(is_listed, entry & (DECIDED - 1), rest + index - num_listed)
         token = start + tl.where(inside, token, 0)
-        # rank_kernel left the scores of the first `scored` entries; an overflow it did not score.
-        if RANKED_BEFORE and (not overflow) and i + BLOCK <= scored:
-            kept_at = (pid.to(tl.int64) * scored + index)[:, None] * G + g[None, :]
+        # Left by whoever ranked or weighed the list; of an overflow, and of what its places don't hold, nobody did.
+        if RANKED_BEFORE and (not overflow) and total - num_listed <= 2 * L:
+            place = tl.where(is_listed, index, room + index - num_listed)
+            kept_at = (pid.to(tl.int64) * scored + place)[:, None] * G + g[None, :]
             scores = tl.load(list_scores + kept_at, mask=inside[:, None] & real[None, :], other=0.0)
             slack = tl.load(list_slacks + kept_at, mask=inside[:, None] & real[None, :], other=0.0)
         else:
@@ -177,7 +179,7 @@ def exact_kernel(
             # A record shows who is exact: everyone listed, for every head of the group.
             fails = keep & False
         if RECORD:
-            tl.store(mask + (pid * G + g)[None, :] * mask_stride + token[:, None], keep.to(tl.int8), mask=keep)
+            tl.store(mask + (pid * G + g).to(tl.int64)[None, :] * mask_stride + token[:, None], keep.to(tl.int8), mask=keep)
         kept = tl.max(keep.to(tl.int32), 1) > 0
         num_exact += tl.sum((kept & (token < start + tl.load(num_blocks + row) * L)).to(tl.int32), 0)
         at = token_offset(table, row, pid % num_kv_heads, token, v_page, v_head, v_token, table_stride, page_len, PAGED)

@@ -55,6 +55,13 @@ def is_short(tokens: int, width: int, group: int, drop: bool) -> bool:
     return tokens * min(width, CROSSOVER_WIDTH) <= below * CROSSOVER_WIDTH
 
 
+def dense_is_faster(q: Tensor, keys: Tensor, longest: int, drop: bool) -> bool:
+    """Whether a step over rows of up to ``longest`` tokens is dispatched to dense attention."""
+    short = is_short(longest, q.shape[0] * keys.shape[1] * q.shape[2], q.shape[1] // keys.shape[1], drop)
+    slow_cache = keys.is_cuda and runtime.in_host_memory(keys)  # the bus makes dense slow at any length
+    return short and dispatch.enabled and not slow_cache
+
+
 def serves(q: Tensor, sketch: Sketch, keys: Tensor, values: Tensor) -> bool:
     """Whether the kernels take these shapes; the reference serves the rest (odd head dimensions, mixed dtypes)."""
     head_dim = q.shape[2]
@@ -85,11 +92,7 @@ def step(
     batch, num_q_heads, head_dim = q.shape
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     record_here = record and block_table is None
-    short = is_short(longest, batch * keys.shape[1] * head_dim, num_q_heads // keys.shape[1], rule.drop)
-    short = (
-        short and dispatch.enabled and not (keys.is_cuda and runtime.in_host_memory(keys))
-    )  # the bus makes dense slow at any length
-    if short and not record_here and keys.dtype == values.dtype:
+    if dense_is_faster(q, keys, longest, rule.drop) and not record_here and keys.dtype == values.dtype:
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
         return output_of(out, evidence, counts, None)
     if not serves(q, sketch, keys, values):
@@ -150,7 +153,7 @@ def step(
         rounding = (accumulation, UNIT_OF[q.dtype])
         native.finish(plan, (exacts, scans), w.raised if native_attend else w.tau, rounding, (out, evidence, counts))
         return result
-    finish(plan, (exacts, scans), (accumulation, UNIT_OF[q.dtype]), (out, evidence, counts))
+    finish(plan, (exacts, scans), w.tau, (accumulation, UNIT_OF[q.dtype]), (out, evidence, counts))
     return result
 
 
@@ -225,12 +228,19 @@ def sort(plan: Plan, scans: int, again: bool = False) -> None:
 
 
 def attend_listed(
-    plan: Plan, x: Tensor, ranked: bool, exacts: int, slack_share: float, mask: Tensor | None, again: bool = False
+    plan: Plan,
+    x: Tensor,
+    ranked: bool,
+    exacts: int,
+    slack_share: float,
+    mask: Tensor | None,
+    again: bool = False,
+    scored: bool = False,
 ) -> None:
-    """Settle the rank, and attend the list and the open block exactly."""
+    """Settle the rank, and attend the list and the open block exactly; ``scored``: by scores that were left before, as ranking does."""
     w, sketch, room = plan.workspace, plan.sketch, plan.room
     heads, frames, _ = _sizes(plan)
-    scored = w.list_scores.shape[1]
+    places = w.list_scores.shape[1]
     cache = cache_arguments(plan.keys, plan.values, plan.block_table)
     tile = {
         **heads,
@@ -243,24 +253,28 @@ def attend_listed(
     if ranked:
         rank_kernel[(plan.rows, exacts)](
             x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.cuts, w.low, w.tau, w.rank_hist, *plan.place,
-            plan.num_kv_heads, room, scored, plan.scale,
+            plan.num_kv_heads, room, places, plan.scale,
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
     exact_kernel[(plan.rows, exacts)](
         x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask, w.finished,
-        plan.num_kv_heads, room, scored, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
+        plan.num_kv_heads, room, places, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
         0 if mask is None else mask.shape[2], **tile, DROP=plan.rule.drop, RECORD=mask is not None,
-        RANKED_BEFORE=ranked, AGAIN=again, BLOCK=32, num_stages=1 if ranked else 3,
+        RANKED_BEFORE=ranked or scored, AGAIN=again, BLOCK=32, num_stages=1 if ranked or scored else 3,
     )  # fmt: skip
 
 
 def finish(
-    plan: Plan, splits: tuple[int, int], rounding: tuple[float, float], result: tuple[Tensor, Tensor, Tensor]
+    plan: Plan,
+    splits: tuple[int, int],
+    tau: Tensor,
+    rounding: tuple[float, float],
+    result: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Merge ``splits`` (exact, tiers) into output, evidence and counts, in Triton; see native.finish."""
     w, dims = plan.workspace, plan.sketch.dims
     finish_kernel[(plan.rows * plan.group,)](
-        w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, w.tau, w.below, plan.sketch.value_mean, w.counters,
+        w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, tau, w.below, plan.sketch.value_mean, w.counters,
         *plan.place, *result, plan.num_kv_heads * plan.group, plan.num_kv_heads, plan.room, *rounding, G=plan.group, D=dims,
         DP=triton.next_power_of_2(dims), L=plan.sketch.config.frame_len, EXACTS=splits[0], TIERS=splits[1],
         NUM_COUNTERS=COUNTERS, DROP=plan.rule.drop, num_warps=4,

@@ -73,7 +73,7 @@ def attend_within(
     def attend(again: bool) -> None:
         sort(plan, scans, again)
         attend_listed(plan, x, False, exacts, SAFETY * gamma(head_dim + 2, unit), mask, again)
-        finish(plan, (exacts, scans), rounding, (out, evidence, counts))
+        finish(plan, (exacts, scans), w.tau, rounding, (out, evidence, counts))
 
     scan(plan, x, sinks, recent, False, scans, False)
     attend(again=False)
