@@ -37,7 +37,10 @@ def eager(model, cache, tokens):
         return torch.stack([model(t[:, None], **cache.kwargs()).logits[:, -1] for t in tokens.unbind(1)], 1)
 
 
-@pytest.mark.parametrize("policy", ["exact:0.05", "exact:0.05+sinks:4+recent:32", "topk:50", "dense"])
+@pytest.mark.parametrize(
+    "policy",
+    ["exact:0.05", "exact:0.05+sinks:4+recent:32", "topk:50", "mass:0.05", "relative:5", "error:0.1", "sample-topk:3", "dense"],
+)
 def test_replays_give_the_logits_of_the_usual_steps(model, policy):
     """Over two blocks that fill, a crop, and going on in both ways in turn."""
     tokens = torch.randint(2, 128, (2, 300), device="cuda", generator=torch.Generator("cuda").manual_seed(2))
@@ -97,8 +100,8 @@ def test_room_and_refusals(model):
     decoding(token), decoding(token)
     with pytest.raises(OutOfRoomError, match="702 reserved tokens"):
         decoding(token)
-    with pytest.raises(PolicyError, match="single look"):
-        CapturedDecoding(model, prompted(model, "mass:0.1"))
+    with pytest.raises(PolicyError, match="without the host"):
+        CapturedDecoding(model, prompted(model, "exact:0.1/exact:0.2"))
     host = attach(model, policy="exact:0.05", store="host")
     with torch.no_grad():
         model(torch.ones(1, 50, dtype=torch.long, device="cuda"), **host.kwargs())

@@ -13,7 +13,7 @@ from louver.protocols import COUNTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 checks = importlib.import_module("checks")
-plan, step = (importlib.import_module(f"louver.kernels.triton.{name}") for name in ("plan", "step"))
+launch, plan, step = (importlib.import_module(f"louver.kernels.triton.{name}") for name in ("launch", "plan", "step"))
 Case = checks.Case
 
 pytestmark = pytest.mark.gpu
@@ -135,10 +135,8 @@ def num_exact(case):
 @pytest.fixture
 def small_lists(monkeypatch):
     """Lists of 1024 keys, as a cache of millions would have too few."""
-    plan.workspace.cache_clear()
+    monkeypatch.setattr(launch, "_held", launch.OrderedDict())
     monkeypatch.setattr(plan, "room_for", lambda tokens: 1024)
-    yield
-    plan.workspace.cache_clear()
 
 
 def test_tensor_core_accumulation_is_as_assumed():

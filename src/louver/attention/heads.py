@@ -18,12 +18,11 @@ from louver.shapes import Cache, PerRow, Query
 from louver.sketch.layout import PER_BLOCK, Sketch
 
 PER_HEAD = PER_BLOCK | {"query_weight", "value_mean"}
-FUSED = ("cpu", "reference")  # backends for which a few small steps cost little more than one
 
 
-def head_rules(policy: object, sketch: Sketch, num_kv_heads: int, backend: str) -> list[CutRule] | None:
+def head_rules(policy: object, sketch: Sketch, num_kv_heads: int) -> list[CutRule] | None:
     """The rule of every KV head, in order; None where the step can't be split by heads."""
-    if not isinstance(policy, PerHead) or backend not in FUSED or sketch.key_codes.shape[0] != 1:
+    if not isinstance(policy, PerHead) or sketch.key_codes.shape[0] != 1:
         return None
     rules = [rule for member in policy.members if (rule := member.rule()) is not None]
     if len(rules) < len(policy.members) or num_kv_heads % len(rules):

@@ -137,7 +137,7 @@ def _attend_sketch(
         )
     ops, store, rule = get_ops(index.backend), index.store, policy.rule()
     place = (store.kv_start, store.kv_len, scale)
-    rules = head_rules(policy, sketch, keys.shape[1], index.backend)
+    rules = head_rules(policy, sketch, keys.shape[1])
     fused = rule is not None or rules is not None
     if fused and index.backend == "cpu" and is_short(keys, *place[:2]):
         return attend_everything(q, store, values, scale, record, ops.attend_dense)

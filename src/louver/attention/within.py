@@ -20,11 +20,12 @@ from torch import Tensor
 
 from louver.attention.asked import everything_where
 from louver.attention.dearer import blocks_of, dense_where_dearer
+from louver.attention.fused import fused_step
 from louver.errors import LouverWarning
 from louver.index.sketch import SketchIndex
 from louver.kernels import get_ops
 from louver.kernels.ops import TierOutput
-from louver.policies.output_error import FIRST, OutputError
+from louver.policies.output_error import OutputError
 from louver.protocols import COUNTS, Cuts
 from louver.shapes import PerQueryHead, Query, Values
 from louver.sketch.accounting import value_frame_bytes
@@ -42,12 +43,9 @@ def attend_within(
 ) -> tuple[TierOutput, Int[Tensor, "batch num_kv_heads"]]:
     """One decode step whose certificate is at most error |out| for every head, or 0; and the bytes that its counts don't cover."""
     store, ops = index.store, get_ops(index.backend)
-    fused = getattr(ops, "attend_within", None)
-    if fused is not None:
-        place = (store.kv_start, store.kv_len, scale)
-        done = fused(q, store.keys, values, sketch, FIRST, policy.error, *place, policy.sinks, policy.recent, record)
-        if done is not None:
-            return done
+    fused = fused_step(policy, ops, q, store.keys, values, sketch, (store.kv_start, store.kv_len, scale), record=record)
+    if fused is not None and fused[1] is not None:
+        return fused[0], fused[1]
     bounds = index.bounds(q, scale, policy.sinks, policy.recent)
     coded = torch.zeros_like(bounds.undecided)  # keys whose value code some pass has read
 

@@ -14,12 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from louver.attention.asked import num_asked_violations
+from louver.attention.fused import fused_step
 from louver.experiments.capture import Capture
 from louver.experiments.synthetic import Synthetic, heavy_tailed
 from louver.index.sketch import SketchIndex
 from louver.kernels import crossover, get_ops
 from louver.kernels.ops import TierOutput
-from louver.policies.output_error import FIRST, OutputError
 from louver.policies.spec import parse
 from louver.protocols import StepStats
 from louver.sketch.accounting import byte_weights
@@ -114,12 +114,10 @@ def _run(config: Config) -> Iterator[dict]:
 
     def decode(spec: str, record: bool = False) -> tuple[TierOutput, Tensor | None]:
         """A step, and bytes it read that its counts do not cover."""
-        policy, place = parse(spec), (store.kv_start, store.kv_len, scale)
-        if isinstance(policy, OutputError):
-            return ops.attend_within(q, keys, values, sketch, FIRST, policy.error, *place, 0, 0, record)
-        rule = policy.rule()
-        assert rule is not None
-        return ops.step(q, keys, values, sketch, rule, *place, 0, 0, True, record), None
+        place = (store.kv_start, store.kv_len, scale)
+        done = fused_step(parse(spec), ops, q, keys, values, sketch, place, keep_best=True, record=record)
+        assert done is not None, f"{spec} can't be followed on a GPU"
+        return done
 
     for spec in config.policies:
         runs[spec] = lambda spec=spec: decode(spec)
@@ -245,7 +243,7 @@ def check(
     """Recall over all keys, true error and certificate of a step, against float64; head by head to bound memory."""
     group = q.shape[1] // keys.shape[1]
     policy = parse(spec)
-    rule = policy.rule() or FIRST
+    rule, drops = policy.rule(), policy.drops
     asked = found = lost = 0
     errors, bounds, dropped, dropped_bounds = [], [], [], []
     selected = 0.0
@@ -263,7 +261,7 @@ def check(
                 exact, tau = torch.ones_like(exact), fast.tau[row, head].double()
             lost += int(((scores >= tau) & ~exact).sum())
             relevant = scores >= tau
-            if rule.drop and rule.tau is None:
+            if rule is not None and drops and rule.tau is None:
                 need = max(rule.count, -int(-(rule.share * keys.shape[2] - 1e-6) // 1), 1)
                 relevant = scores >= scores.topk(need).values[-1]
             asked += int(relevant.sum())
@@ -271,7 +269,7 @@ def check(
             selected += float(exact.double().mean())
             errors.append(float((fast.out[row, head].double() - want).norm() / want.norm()))
             bounds.append(float((fast.certificate + fast.arithmetic_bound)[row, head] / want.norm()))
-            dropped.append(float(weights[~exact].sum()) if rule.drop else 0.0)
+            dropped.append(float(weights[~exact].sum()) if drops else 0.0)
             dropped_bounds.append(float(fast.dropped_mass_bound[row, head]))
     heads = len(errors)
     violations = sum(e > b for e, b in zip(errors, bounds, strict=True))
@@ -287,7 +285,7 @@ def check(
         "dropped_mass_bound": sum(dropped_bounds) / heads,
         "num_bound_violations": violations,
         "num_asked_violations": num_asked_violations(policy, fast),
-        "guarantee": "exact" if rule.drop else "certified",
+        "guarantee": policy.guarantee,
         "counts": fast.counts,
     }
 

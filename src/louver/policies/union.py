@@ -12,7 +12,7 @@ import torch
 
 from louver.errors import PolicyError
 from louver.policies.base import BasePolicy
-from louver.protocols import BoundSummary, Cuts, Guarantee, Policy, Sample
+from louver.protocols import BoundSummary, CutRule, Cuts, Guarantee, Policy, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,20 @@ class Union(BasePolicy):
         )
         return max(3 if counted else 1, *(member.looks for member in self.members))
 
+    def rule(self) -> CutRule | None:
+        """The members' rules in one, where all have one of the same kind: what the one keeps, or the other, is what the larger asks for."""
+        rules = [rule for member in self.members if (rule := member.rule()) is not None]
+        taus = [rule.tau for rule in rules if rule.tau is not None]
+        if len(rules) < len(self.members) or len(taus) not in (0, len(rules)):
+            return None
+        return CutRule(
+            drop=self.drops,
+            share=max(rule.share for rule in rules),
+            count=max(rule.count for rule in rules),
+            tau=min(taus) if taus else None,
+            unread_mass=min(rule.unread_mass for rule in rules),
+        )
+
     @property
     def sample(self) -> Sample | None:
         """The sample a member asks for."""
@@ -65,6 +79,8 @@ class Union(BasePolicy):
 
     def cuts(self, summary: BoundSummary) -> Cuts:
         """The lowest of the members' thresholds."""
+        if self.rule() is not None:
+            return super().cuts(summary)
         found = [member.cuts(summary) for member in self.members]
 
         def lowest(name: str) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from louver.attention import LouverAttention
+from louver.attention.fused import follows, fused_step
 from louver.errors import OutOfRoomError, PolicyError, UnsupportedModelError
 from louver.index.sketch import SketchIndex
 from louver.integrations.transformers.cache import LouverCache
@@ -46,7 +47,7 @@ class CapturedDecoding:
 
     Raises:
         UnsupportedModelError: not every layer is served by Louver, a row is padded, or keys and values are not on the GPU.
-        PolicyError: a layer's policy needs more than one look at the bounds.
+        PolicyError: the backend's kernels can't follow a layer's policy without the host.
     """
 
     def __init__(self, model: nn.Module, cache: LouverCache, *, graph: bool = True) -> None:
@@ -182,7 +183,7 @@ class _CapturedLayer(LouverLayer):
         self._keys, self._values = self.attention.store.buffers
         self.is_initialized = True
         policy, index = self.attention.policy, self.attention.index
-        self._policy, self._rule = policy, policy.rule()
+        self._policy, self._is_dense = policy, isinstance(policy, Dense)
         if isinstance(index, SketchIndex) and not isinstance(policy, Dense):
             index.refresh()
             assert index.sketch is not None
@@ -199,31 +200,33 @@ class _CapturedLayer(LouverLayer):
     def attend(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor:
         """One decode step over the buffers up to the clock's length."""
         place = (self.attention.store.kv_start, self._clock.kv_len, softmax_scale)
-        if self._rule is None:
+        if self._is_dense:
             return self._ops.attend_dense(q, self._keys, self._values, *place)[0]
         policy, index = self._policy, self.attention.index
         assert isinstance(index, SketchIndex) and index.sketch is not None
         if self.encodes:
             self._ops.encode_block(self._keys, self._values, index.sketch, *place[:2])
-        how = (policy.sinks, policy.recent, True)
-        self.step = step = self._ops.step(q, self._keys, self._values, index.sketch, self._rule, *place, *how)
-        return step.out
+        done = fused_step(policy, self._ops, q, self._keys, self._values, index.sketch, place, keep_best=True)
+        if done is None:
+            raise PolicyError(f"policy={policy.spec!r} can't be captured for heads of {q.shape[2]} channels in {q.dtype}")
+        self.step = done[0]
+        return done[0].out
 
     def fills(self, kv_len: int) -> bool:
         """Whether a block is full where there are kv_len tokens."""
         index = self.attention.index
-        return self._rule is not None and isinstance(index, SketchIndex) and kv_len % index.config.frame_len == 0
+        return not self._is_dense and isinstance(index, SketchIndex) and kv_len % index.config.frame_len == 0
 
     def advance(self) -> None:
         """Take note, on the host, of the token that a replay wrote, and of the block that it encoded."""
         self.attention.store.advance(self._clock.kv_len)
-        if self._rule is not None:
+        if not self._is_dense:
             self.attention.index.refresh()
 
     def reopen(self, kv_len: int) -> None:
         """Forget the block that a step beyond kv_len tokens closed: a replay writes its last token anew, perhaps rounded otherwise."""
         index = self.attention.index
-        if self._rule is not None and isinstance(index, SketchIndex) and index.sketch is not None:
+        if not self._is_dense and isinstance(index, SketchIndex) and index.sketch is not None:
             index.sketch.num_blocks.clamp_(max=kv_len // index.config.frame_len)
 
     def moved(self) -> bool:
@@ -252,11 +255,11 @@ def _check(cache: LouverCache, graph: bool) -> None:
             raise UnsupportedModelError(
                 "a captured step takes rows without padding; decode padded rows through generate"
             )
-        dense = isinstance(attention.policy, Dense)
-        if not dense and (attention.policy.rule() is None or not isinstance(attention.index, SketchIndex)):
+        dense, ops = isinstance(attention.policy, Dense), get_ops(resolve_backend("auto", attention.store.keys.device))
+        if not dense and not (follows(attention.policy, ops) and isinstance(attention.index, SketchIndex)):
             raise PolicyError(
-                f"policy={attention.policy.spec!r} can't be captured; wanted one that the kernels resolve in a single look over the "
-                "sketch, such as 'exact:0.01', 'budget:0.05', 'topk:64' or 'fixed:X', or 'dense'"
+                f"policy={attention.policy.spec!r} can't be captured here; wanted one that the kernels follow without the host, over the "
+                "sketch: 'exact:0.01', 'budget:0.05', 'topk:64', 'fixed:X' or 'dense', and on a GPU 'mass:0.01', 'relative:8', 'error:0.1'"
             )
 
 

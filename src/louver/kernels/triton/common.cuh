@@ -8,7 +8,7 @@ typedef long long i64;
 #define STEPS 1024.0f
 #define BELOW 20.0f
 #define LOG2E 1.4426950408889634f
-#define BINS (G <= 4 ? 1024 : 512)
+#define BINS 1024                                         // 32 nats
 #define PER (BINS / 32)                                   // bins a lane reads off when the cuts are made
 #define BIN_CODES 32
 #define ALWAYS 65535

@@ -1,5 +1,6 @@
 """What launchers share: strides of a cache, constants on a device, and buffers kept from step to step."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from louver.sketch.layout import SCALES
 
+MOST_BYTES = 256 << 20  # of buffers held from step to step
 NUM_MULTIPROCESSORS = 132  # of a Hopper card; only the number of programs depends on it
 
 
@@ -25,19 +27,33 @@ def cache_arguments(keys: Tensor, values: Tensor, block_table: Tensor | None) ->
     return (keys, values, table, *keys.stride(), *values.stride(), table_stride, keys.shape[2])
 
 
-@lru_cache(maxsize=64)
 def workspace(device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A buffer of this shape, allocated once. Steps of one stream share it; its content means nothing between steps."""
+    """A buffer of this shape, to be asked for through ``buffers``. ``name`` keeps those of one shape apart."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
-    """What ``make``, a function with an lru_cache, has for a shape; made anew, and the graph's own, where a graph is captured.
+_held: OrderedDict[tuple, Any] = OrderedDict()  # of steps before, the last used at the end
 
-    A graph replays addresses: buffers that a cache may give back, or lend to another stream, must not be among them.
+
+def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
+    """What ``make(device, *shape)``, a tensor or a tuple of them, made once per shape; its content means nothing between steps.
+
+    Steps of one stream share it. Those used last stay, up to MOST_BYTES in all. Where a graph is captured it is made anew, and the graph's
+    own: a graph replays addresses, and buffers that are given back, or lent to another stream, must not be among them.
     """
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return (make.__wrapped__ if captured else make)(device, *shape)  # pyright: ignore[reportFunctionMemberAccess]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(device, *shape)
+    key = (make, device, shape)
+    if key not in _held:
+        _held[key] = make(device, *shape)
+        while len(_held) > 1 and sum(map(_num_bytes, _held.values())) > MOST_BYTES:
+            _held.popitem(last=False)
+    _held.move_to_end(key)
+    return _held[key]
+
+
+def _num_bytes(made: Tensor | tuple[Tensor, ...]) -> int:
+    return made.nbytes if isinstance(made, Tensor) else sum(x.nbytes for x in made)
 
 
 def num_splits(rows: int, most: int, per_multiprocessor: int) -> int:

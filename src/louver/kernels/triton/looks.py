@@ -128,7 +128,7 @@ def _narrow(
     sums = new("weighed", heads, 2, splits, dtype=torch.float32)
     promised = new("promised", heads, dtype=torch.float32)
     given = promised if want.tau is None else want.tau.contiguous()
-    held = native.num_bins(plan.group) if native_scan else BINS.value
+    held = native.NUM_BINS if native_scan else BINS.value
     scan = (w.hist, w.floor, w.masses)
     stride = held if native_scan else 2 * BINS.value
     ratio = 0.0 if want.dropped_mass is None else want.dropped_mass / (1 - want.dropped_mass) * (1 - RESERVE)

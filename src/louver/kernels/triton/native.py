@@ -21,6 +21,7 @@ from louver.sketch.layout import Sketch
 SLICES = {64: 1, 128: 2, 256: 4}  # head dimension -> radii per key
 CTAS_PER_MULTIPROCESSOR = 2
 SCORE_CTAS_PER_MULTIPROCESSOR = 3
+NUM_BINS = 1024  # of the histogram kept per query head (BINS in common.cuh)
 METRICS = {"identity": 2, "frame": 1, "diagonal": 0}
 QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -35,11 +36,6 @@ def serves_scan(q: Tensor, sketch: Sketch, group: int) -> bool:
         and sketch.config.frame_len in (64, 128)
         and runtime.available()
     )
-
-
-def num_bins(group: int) -> int:
-    """Bins of the histogram kept per query head (BINS in common.cuh)."""
-    return 1024 if group <= 4 else 512
 
 
 def num_ctas(rows: int, most: int) -> int:
@@ -83,7 +79,7 @@ def _tiers_warps(plan: Plan, ctas: int) -> int:
 def _scan_memory(plan: Plan, warps: int, ahead: int) -> int:
     """Bytes of shared memory of a CTA of scan.cu (struct Shared)."""
     dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
-    fixed = 1024 + -(-group // 4) * dims * 32 + group * (4 * num_bins(group) + 128) + 16
+    fixed = 1024 + -(-group // 4) * dims * 32 + group * (4 * NUM_BINS + 128) + 16
     frames = 2 * (3 * dims + length * slices + 16)
     return fixed + warps * (group * (length + 8) * 2 + frames + ahead * 8 * dims)
 

@@ -1,6 +1,5 @@
 """What the launches of one step have in common: its buffers, shapes and rule."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -66,7 +65,6 @@ class Plan(NamedTuple):
     fixed: bool
 
 
-@lru_cache(maxsize=8)
 def workspace(
     device: torch.device,
     rows: int,
