@@ -193,11 +193,12 @@ def last_kernel(
         cut = tl.sum(((tl.cumsum(mass, 0) - mass) * 1.001 <= limit).to(tl.int32), 0) - 1
         lowest = tl.minimum(lowest, (cut * BIN_CODES).to(tl.float32))
         dense = dense | (cut < 0) | (limit == float("inf")) | ((listed * 5 >= closed * 4) & (closed > 0))
-    logit = origin + lowest / STEPS
+    logit = origin + tl.minimum(lowest, 1e9) / STEPS
     score = (logit - (tl.abs(logit) + tl.abs(origin)) * 2.0**-18) / scale
     score -= tl.abs(score) * 2.0**-20
     if COUNTED or MASS:
         score = tl.where(lowest > 0, score, -float("inf"))
+    score = tl.where(lowest < float("inf"), score, lowest)
     if GIVEN:
         score = tl.minimum(score, tl.load(given + pid))
     cut = tl.load(cuts + pid * 2)
