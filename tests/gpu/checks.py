@@ -23,6 +23,7 @@ class Case:
     page_len: int = 0
     huge: bool = False
     spread: float = 1.0
+    pushed: float = 0.05  # of the keys lie along the queries' direction, about six nats above the others
 
 
 SMALL = [
@@ -54,7 +55,7 @@ def build(case: Case, device: str):
     direction = torch.randn(*shape, 1, case.head_dim, generator=g)
     keys = 0.6 * torch.randn(*shape, case.kv_len, case.head_dim, generator=g)
     keys += 0.8 * torch.randn(*shape, 1, case.head_dim, generator=g)
-    pushed = torch.rand(*shape, case.kv_len, 1, generator=g) < 0.05
+    pushed = torch.rand(*shape, case.kv_len, 1, generator=g) < case.pushed
     keys += pushed * direction / direction.norm(dim=-1, keepdim=True) * 6
     values = torch.randn(*shape, case.kv_len, case.head_dim, generator=g) + 0.3
     q = direction + 0.6 * torch.randn(*shape, case.group, case.head_dim, generator=g)

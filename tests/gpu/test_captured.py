@@ -39,7 +39,16 @@ def eager(model, cache, tokens):
 
 @pytest.mark.parametrize(
     "policy",
-    ["exact:0.05", "exact:0.05+sinks:4+recent:32", "topk:50", "mass:0.05", "relative:5", "error:0.1", "sample-topk:3", "dense"],
+    [
+        "exact:0.05",
+        "exact:0.05+sinks:4+recent:32",
+        "topk:50",
+        "mass:0.05",
+        "relative:5",
+        "error:0.1",
+        "sample-topk:3",
+        "dense",
+    ],
 )
 def test_replays_give_the_logits_of_the_usual_steps(model, policy):
     """Over two blocks that fill, a crop, and going on in both ways in turn."""

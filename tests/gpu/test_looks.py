@@ -86,8 +86,8 @@ def test_it_is_captured_in_a_graph(policy, monkeypatch):
 @pytest.mark.parametrize("group", [4, 7, 8, 16])
 @pytest.mark.parametrize("policy", ["budget:0.4", "fixed:60"])
 def test_many_heads_of_a_kv_head_list_no_more_than_they_need(policy, group):
-    """Of heads that ask for the same, whatever the number of heads: the bins must span what lies above the cut."""
-    case = Case(policy=policy, head_dim=128, group=group, kv_len=8197, frame_len=128)
+    """Half of the keys lie above a gap: the bins must reach that far, whatever the number of heads."""
+    case = Case(policy=policy, head_dim=128, group=group, kv_len=8197, frame_len=128, pushed=0.5)
     q, keys, values, start, stop, index = checks.build(case, "cuda")
     q = q.unflatten(1, (case.num_kv_heads, -1))[:, :, :1].expand(-1, -1, group, -1).flatten(1, 2).contiguous()
     listed = {}
@@ -97,7 +97,7 @@ def test_many_heads_of_a_kv_head_list_no_more_than_they_need(policy, group):
         result = step(few, keys, values, index.sketch, parse(policy).rule(), start, stop, 128**-0.5, 0, 0, True, True)
         listed[heads] = result.counts[..., COUNTS.index("scanned")].double()
     assert (listed[group] <= 1.02 * listed[1] + 64).all()
-    assert (listed[group] < 0.9 * 8192).all()
+    assert (listed[1] < 0.6 * 8192).all()
 
 
 def test_buffers_of_earlier_steps_are_given_back(monkeypatch):
@@ -105,7 +105,9 @@ def test_buffers_of_earlier_steps_are_given_back(monkeypatch):
     monkeypatch.setattr(launch, "MOST_BYTES", 1 << 20)
     device = torch.device("cuda")
     kept = [launch.buffers(launch.workspace, device, str(i), (1 << 16,), torch.float32) for i in range(20)]
-    assert len(launch._held) == 4 and launch.buffers(launch.workspace, device, "19", (1 << 16,), torch.float32) is kept[19]
+    assert (
+        len(launch._held) == 4 and launch.buffers(launch.workspace, device, "19", (1 << 16,), torch.float32) is kept[19]
+    )
     assert launch.buffers(launch.workspace, device, "0", (1 << 16,), torch.float32) is not kept[0]
     big = launch.buffers(launch.workspace, device, "big", (1 << 20,), torch.float32)
     assert list(launch._held.values()) == [big]

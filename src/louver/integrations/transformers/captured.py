@@ -208,7 +208,9 @@ class _CapturedLayer(LouverLayer):
             self._ops.encode_block(self._keys, self._values, index.sketch, *place[:2])
         done = fused_step(policy, self._ops, q, self._keys, self._values, index.sketch, place, keep_best=True)
         if done is None:
-            raise PolicyError(f"policy={policy.spec!r} can't be captured for heads of {q.shape[2]} channels in {q.dtype}")
+            raise PolicyError(
+                f"policy={policy.spec!r} can't be captured for heads of {q.shape[2]} channels in {q.dtype}"
+            )
         self.step = done[0]
         return done[0].out
 

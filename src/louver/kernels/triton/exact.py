@@ -179,7 +179,9 @@ def exact_kernel(
             # A record shows who is exact: everyone listed, for every head of the group.
             fails = keep & False
         if RECORD:
-            tl.store(mask + (pid * G + g).to(tl.int64)[None, :] * mask_stride + token[:, None], keep.to(tl.int8), mask=keep)
+            tl.store(
+                mask + (pid * G + g).to(tl.int64)[None, :] * mask_stride + token[:, None], keep.to(tl.int8), mask=keep
+            )
         kept = tl.max(keep.to(tl.int32), 1) > 0
         num_exact += tl.sum((kept & (token < start + tl.load(num_blocks + row) * L)).to(tl.int32), 0)
         at = token_offset(table, row, pid % num_kv_heads, token, v_page, v_head, v_token, table_stride, page_len, PAGED)

@@ -161,13 +161,14 @@ def _narrow(
         )  # fmt: skip
 
     first_kernel[(heads,)](
-        x, *cache, *scan, w.low, given, w.cuts, before, ceilings, floors, best, *plan.place, plan.num_kv_heads, stride,
-        sinks, recent, plan.scale, slack_share, ratio, *choice, **shape, **held_by, **asked, BLOCK=64, PAGED=paged, num_warps=8,
+        x, *cache, *scan, w.low, given, w.cuts, before, w.counters, ceilings, floors, best, *plan.place, plan.num_kv_heads, stride,
+        plan.room, sinks, recent, plan.scale, slack_share, ratio, *choice, **shape, **held_by, **asked, BLOCK=64,
+        NUM_COUNTERS=COUNTERS, PAGED=paged, num_warps=8,
     )  # fmt: skip
     score_what_reaches(last=False)
     second_kernel[(heads,)](
-        *scan, w.low, given, w.cuts, before, w.counters, floors, best, sums, *plan.place[1:], plan.num_kv_heads, stride,
-        plan.scale, nats, ratio, *choice, G=plan.group, **held_by, SPLITS=splits, NUM_COUNTERS=COUNTERS, **asked, num_warps=8,
+        *scan, w.low, given, w.cuts, before, w.counters, floors, best, sums, *plan.place, plan.num_kv_heads, stride,
+        plan.room, plan.scale, nats, ratio, *choice, G=plan.group, L=frame_len, **held_by, SPLITS=splits, NUM_COUNTERS=COUNTERS, **asked, num_warps=8,
     )  # fmt: skip
     score_what_reaches(last=True)
     last_kernel[(heads,)](

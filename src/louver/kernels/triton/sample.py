@@ -20,7 +20,9 @@ from louver.protocols import Sample
 from louver.shapes import Cache, PerRow, Query
 
 CHUNK = 512  # positions of the order looked at together
-_orders: dict[tuple[torch.device, int, int], Tensor] = {}  # a graph may hold one, so none is given back; capacities are powers of two
+_orders: dict[
+    tuple[torch.device, int, int], Tensor
+] = {}  # a graph may hold one, so none is given back; capacities are powers of two
 
 
 def sample_scores(

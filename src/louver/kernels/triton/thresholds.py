@@ -51,12 +51,18 @@ def _needed(length, share, tolerance, count):
 
 
 @triton.jit
+def _crowded(number, closed):
+    """Whether so many of the keys are needed that dense attention reads hardly more, and all of it in one stream."""
+    return (number * 5 >= closed * 4) & (closed > 0)
+
+
+@triton.jit
 def first_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
-    hist, base, mass_below, low, given, cuts, before, ceilings, floors, best, num_blocks, kv_start, kv_len,
-    num_kv_heads, hist_stride, sinks, recent, scale, slack_share, ratio, share, tolerance, count,
+    hist, base, mass_below, low, given, cuts, before, counters, ceilings, floors, best, num_blocks, kv_start, kv_len,
+    num_kv_heads, hist_stride, room, sinks, recent, scale, slack_share, ratio, share, tolerance, count,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr,
-    BLOCK: tl.constexpr, PAGED: tl.constexpr, COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr, NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """What to score first: keys that no outcome could rule out, or that settle what the best is. Clears what weighing counts into.
 
@@ -104,6 +110,8 @@ def first_kernel(
         over = tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + tl.sum(decided, 0)
         fits = (under + tl.cumsum(mass, 0) - mass) * 1.001 <= ratio * UNSEEN * over
         cut = tl.minimum(cut, tl.max(tl.where(fits, code, tl.min(code, 0)), 0))
+        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), closed):
+            tl.store(counters + kv * NUM_COUNTERS + LISTED, room + 1)
     if GIVEN:
         cut = tl.minimum(cut, _code_of(tl.load(given + pid), origin, scale))
     tl.store(before + pid, NOTHING)
@@ -113,9 +121,9 @@ def first_kernel(
 
 @triton.jit
 def second_kernel(
-    hist, base, mass_below, low, given, cuts, before, counters, floors, best, sums, kv_start, kv_len,
-    num_kv_heads, hist_stride, scale, nats, ratio, share, tolerance, count,
-    G: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr, SPLITS: tl.constexpr, NUM_COUNTERS: tl.constexpr,
+    hist, base, mass_below, low, given, cuts, before, counters, floors, best, sums, num_blocks, kv_start, kv_len,
+    num_kv_heads, hist_stride, room, scale, nats, ratio, share, tolerance, count,
+    G: tl.constexpr, L: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr, SPLITS: tl.constexpr, NUM_COUNTERS: tl.constexpr,
     COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Lower the cuts to where nothing that is asked for can lie below them, now that the best keys are scored."""
@@ -138,17 +146,20 @@ def second_kernel(
     if MASS:
         split = tl.arange(0, SPLITS)
         kept = tl.sum(tl.load(sums + pid * 2 * SPLITS + split), 0)
-        _, code, mass, under = _from_scan(hist, base, mass_below, pid, hist_stride, HELD, BASED)
+        number, code, mass, under = _from_scan(hist, base, mass_below, pid, hist_stride, HELD, BASED)
         limit = ratio * UNSEEN * kept
         cut = tl.minimum(cut, tl.where(limit == limit, _highest(code, mass, under, limit), 0))
     if GIVEN:
         cut = tl.minimum(cut, _code_of(tl.load(given + pid), origin, scale))
+    mine = counters + kv * NUM_COUNTERS
     tl.store(before + pid, old)
     tl.store(cuts + pid * 2, cut)
     tl.store(cuts + pid * 2 + 1, cut)
     if pid % G == 0:
-        mine = counters + kv * NUM_COUNTERS
         tl.store(mine + WEIGHED, tl.load(mine + LISTED))
+    if MASS:
+        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), tl.load(num_blocks + row) * L):
+            tl.store(mine + LISTED, room + 1)
 
 
 @triton.jit
@@ -192,7 +203,7 @@ def last_kernel(
         mass = number.to(tl.float32) * exp((bins + 1).to(tl.float32) * (BIN_CODES / STEPS) - BELOW)
         cut = tl.sum(((tl.cumsum(mass, 0) - mass) * 1.001 <= limit).to(tl.int32), 0) - 1
         lowest = tl.minimum(lowest, (cut * BIN_CODES).to(tl.float32))
-        dense = dense | (cut < 0) | (limit == float("inf")) | ((listed * 5 >= closed * 4) & (closed > 0))
+        dense = dense | (cut < 0) | (limit == float("inf")) | _crowded(listed, closed)
     logit = origin + tl.minimum(lowest, 1e9) / STEPS
     score = (logit - (tl.abs(logit) + tl.abs(origin)) * 2.0**-18) / scale
     score -= tl.abs(score) * 2.0**-20

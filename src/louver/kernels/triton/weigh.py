@@ -41,7 +41,8 @@ def list_new_kernel(
     t = tl.arange(0, LP)
     block = pid.to(tl.int64) * capacity + chunk
     inside = (chunk < blocks)[:, None] & (t < L)[None, :]
-    if tl.program_id(1) * CHUNK < blocks:
+    mine = counters + pid * NUM_COUNTERS
+    if (tl.program_id(1) * CHUNK < blocks) & (tl.load(mine + LISTED) <= room):  # or everything is attended
         reaches = tl.zeros((CHUNK, LP), tl.int32)
         earlier = tl.zeros((CHUNK, LP), tl.int32)
         decided = tl.zeros((CHUNK, LP), tl.int32)
@@ -52,7 +53,6 @@ def list_new_kernel(
             earlier = earlier | (code >= tl.load(before + pid * G + g)).to(tl.int32)
             if g == 0:
                 decided = (code == ALWAYS).to(tl.int32)
-        mine = counters + pid * NUM_COUNTERS
         if LAST:
             for g in tl.static_range(G):
                 at = (block * G + g)[:, None] * L + t[None, :]
@@ -67,8 +67,8 @@ def list_new_kernel(
         entry = tl.reshape((chunk[:, None] * L + t[None, :]) | (decided * DECIDED), (flat,))
         number = tl.sum(new, 0)
         if number > 0:
-            at = tl.atomic_add(mine + LISTED, number, sem="relaxed") + tl.cumsum(new, 0) - new
-            tl.store(listed + pid.to(tl.int64) * room + at, entry, mask=(new > 0) & (at < room))
+            where = tl.atomic_add(mine + LISTED, number, sem="relaxed") + tl.cumsum(new, 0) - new
+            tl.store(listed + pid.to(tl.int64) * room + where, entry, mask=(new > 0) & (where < room))
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def weigh_kernel(
     end = tl.minimum(begin + each, total)
     mass = tl.zeros((GP,), tl.float32)
     highest = tl.full((GP,), -HIGHEST, tl.float32)
-    if (held <= room) & (length - closed <= 2 * L):  # or everything is attended
+    if (held <= room) & (length - closed <= 2 * L):
         for i in range(begin, end, BLOCK):
             index = i + tl.arange(0, BLOCK)
             inside = index < end
