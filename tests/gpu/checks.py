@@ -233,6 +233,7 @@ LOOKS = [
     Case(policy="topk:7|mass:0.4", group=7, kv_len=1100),
     Case(policy="relative:2|fixed:30", kv_len=40),
     Case(policy="mass:0.5", group=4, huge=True, kv_len=1100),
+    Case(policy="mass:0.001", pad=7),  # needs all keys: dense
     Case(policy="sample-topk:3+size:40", group=2, pad=7),
     Case(policy="sample-gap+seed:3+recent:5", kv_len=130),
 ]

@@ -69,7 +69,8 @@ class Sampled(BasePolicy):
 
 def _at(scores: torch.Tensor, rank: torch.Tensor | int, count: torch.Tensor) -> torch.Tensor:
     """The rank-th largest score, counted from 1; the smallest where there are fewer."""
-    place = torch.minimum(torch.as_tensor(rank, device=count.device).expand_as(count), count).clamp_min(1) - 1
+    nth = count.clamp_max(rank) if isinstance(rank, int) else torch.minimum(rank, count)
+    place = nth.clamp_min(1) - 1
     return scores.gather(-1, place[..., None].long())[..., 0]
 
 

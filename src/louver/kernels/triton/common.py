@@ -26,7 +26,7 @@ UNIT = tl.constexpr(2.0**-24)
 
 # Counters per row and KV head (int32).
 COUNTERS = 8
-LISTED, COARSE, VALUE_BLOCKS, SPREAD, RANKED, EXACT, WEIGHED = (tl.constexpr(i) for i in range(7))
+LISTED, COARSE, VALUE_BLOCKS, SPREAD, RANKED, EXACT, WEIGHED, CROWDED = (tl.constexpr(i) for i in range(8))
 
 
 @triton.jit

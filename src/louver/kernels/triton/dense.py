@@ -18,6 +18,7 @@ from louver.geometry.rounding import UNIT_OF
 from louver.kernels.triton.common import LN2, LOG2E, exp, token_offset
 from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, workspace
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
+from louver.sketch.layout import Sketch
 
 LIFT = 15.0  # float16 weights are scaled by 2^15, or small ones would underflow
 
@@ -25,11 +26,14 @@ LIFT = 15.0  # float16 weights are scaled by 2^15, or small ones would underflow
 @triton.jit
 def _dense_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
-    kv_start, kv_len, part_out, part_sums, num_kv_heads, scale,
+    kv_start, kv_len, part_out, part_sums, only, num_kv_heads, scale, only_stride,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, PAGED: tl.constexpr,
-    STAGES: tl.constexpr, LIFT: tl.constexpr, NARROW: tl.constexpr,
+    STAGES: tl.constexpr, LIFT: tl.constexpr, NARROW: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    if SOME:  # noqa: SIM102 - decided as this is compiled; the next only as it runs
+        if tl.load(only + pid * only_stride) == 0:
+            return
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     row = pid // num_kv_heads
@@ -93,11 +97,14 @@ def _dense_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_out, part_sums, kv_start, kv_len, out, evidence, counts, num_kv_heads, scale, score_share, weight_slack,
-    accumulation, underflow, out_unit,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr,
+    part_out, part_sums, kv_start, kv_len, out, evidence, counts, only, num_blocks, num_kv_heads, scale, score_share,
+    weight_slack, accumulation, underflow, out_unit, only_stride, frame_len,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
+    if SOME:  # noqa: SIM102
+        if tl.load(only + pid // G * only_stride) == 0:
+            return
     d = tl.arange(0, DP)
     s = tl.arange(0, SPLITS)
     row = pid // G // num_kv_heads
@@ -129,8 +136,18 @@ def _merge_kernel(
     tl.store(evidence + 3 * rows + pid, 0.0)
     tl.store(evidence + 4 * rows + pid, -float("inf"))
     if pid % G == 0:
-        for i in tl.static_range(7):
-            tl.store(counts + pid // G * 7 + i, length if i == 0 or i == 2 else length * 0)
+        blocks = length * 0
+        if SOME:
+            blocks += tl.load(num_blocks + row)
+        closed = blocks * frame_len
+        table = counts + pid // G * 7
+        tl.store(table, length)
+        tl.store(table + 1, blocks)
+        tl.store(table + 2, length - closed)
+        tl.store(table + 3, closed)
+        tl.store(table + 4, closed)
+        tl.store(table + 5, closed * 0)
+        tl.store(table + 6, closed * 0)
 
 
 def attend_dense(
@@ -157,6 +174,49 @@ def attend_everything(
     block_table: Int[Tensor, "batch pages"] | None = None,
 ) -> tuple[Query, Tensor, Tensor]:
     """The same with the rows of evidence of a step (lse, certificate 0, arithmetic, dropped 0, tau -inf) and its counts."""
+    batch, num_q_heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    evidence = torch.empty(5, batch, num_q_heads, device=q.device)
+    counts = torch.empty(batch, keys.shape[1], 7, dtype=torch.int64, device=q.device)
+    _attend(q, keys, values, (kv_start, kv_len), softmax_scale, block_table, (out, evidence, counts), None)
+    return out, evidence, counts
+
+
+def attend_crowded(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    sketch: Sketch,
+    ends: tuple[PerRow, PerRow],
+    softmax_scale: float,
+    block_table: Int[Tensor, "batch pages"] | None,
+    result: tuple[Tensor, Tensor, Tensor],
+    crowded: Int[Tensor, " rows"],
+    mask: Int[Tensor, "batch num_q_heads kv_len"] | None,
+) -> None:
+    """Write what ``attend_everything`` gives over the results of a step, for the KV heads marked with 1 in crowded (any stride).
+
+    Those had read their sketch by then: their counts are of a step that attended every key of every block exactly, and so says the mask
+    of exact keys (int8), if there is one.
+    """
+    _attend(q, keys, values, ends, softmax_scale, block_table, result, (crowded, sketch))
+    if mask is not None:
+        position = torch.arange(mask.shape[2], device=q.device)
+        valid = (position >= ends[0][:, None]) & (position < ends[1][:, None])
+        dense = crowded.reshape(q.shape[0], -1).repeat_interleave(q.shape[1] // keys.shape[1], 1)
+        mask |= (dense[:, :, None] * valid[:, None]).to(torch.int8)
+
+
+def _attend(
+    q: Query,
+    keys: Keys,
+    values: Values,
+    ends: tuple[PerRow, PerRow],
+    softmax_scale: float,
+    block_table: Tensor | None,
+    result: tuple[Tensor, Tensor, Tensor],
+    only: tuple[Tensor, Sketch] | None,
+) -> None:
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
@@ -164,25 +224,23 @@ def attend_everything(
     splits = num_splits(batch * num_kv_heads, -(-longest // block), 2)
     part_out = buffers(workspace, q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
     part_sums = buffers(workspace, q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    evidence = torch.empty(5, batch, num_q_heads, device=q.device)
-    counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
     group = num_q_heads // num_kv_heads
-    sizes = {"G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim)}
+    sizes = {"G": group, "D": head_dim, "DP": triton.next_power_of_2(head_dim), "SOME": only is not None}
     narrow = keys.element_size() == 1  # a float8 cache without scales, which only the bench asks for
     kind = q.dtype if narrow else values.dtype
     compute = q.contiguous() if narrow or q.dtype == keys.dtype else q.float().contiguous()
+    chosen, stride = (ends[0], 0) if only is None else (only[0], only[0].stride(0))
+    num_blocks, frame_len = (ends[0], 0) if only is None else (only[1].num_blocks, only[1].config.frame_len)
     _dense_kernel[(batch * num_kv_heads, splits)](
-        compute, *cache_arguments(keys, values, block_table), kv_start, kv_len, part_out, part_sums, num_kv_heads,
-        softmax_scale, **sizes, GP=triton.next_power_of_2(group + 1), BLOCK=block, PAGED=block_table is not None,
+        compute, *cache_arguments(keys, values, block_table), *ends, part_out, part_sums, chosen, num_kv_heads,
+        softmax_scale, stride, **sizes, GP=triton.next_power_of_2(group + 1), BLOCK=block, PAGED=block_table is not None,
         STAGES=3, LIFT=LIFT if kind == torch.float16 else 0.0, NARROW=narrow, num_warps=4,
     )  # fmt: skip
     unit = 2.0**-22
     chain = longest / splits + block
     _merge_kernel[(batch * num_q_heads,)](
-        part_out, part_sums, kv_start, kv_len, out, evidence, counts, num_kv_heads, softmax_scale,
+        part_out, part_sums, *ends, *result, chosen, num_blocks, num_kv_heads, softmax_scale,
         (head_dim + 2) * unit * 1.01, UNIT_OF[kind] * 1.01 + 2.0**-20, 2 * (chain + splits + 64) * unit,
-        2.0**-25 if kind == torch.float16 else 2.0**-120, UNIT_OF[q.dtype],
+        2.0**-25 if kind == torch.float16 else 2.0**-120, UNIT_OF[q.dtype], stride, frame_len,
         **sizes, SPLITS=splits, num_warps=4,
     )  # fmt: skip
-    return out, evidence, counts

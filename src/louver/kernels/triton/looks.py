@@ -4,6 +4,7 @@
     first,  list, weigh         the keys that are needed in any case: their scores bound the total mass, and settle what the best is
     second, list, weigh         what may be needed under that knowledge
     last, exact, finish         the threshold among what is scored; attend what reaches it
+    dense                       KV heads of which nearly all keys are needed; the others' programs end at once
 
 What attention/looks.py does over any backend's ops. Cuts fall on histogram bins of 1/32 nat. No wait for the device, no shape that depends
 on data. prepare, scan, exact and finish are those of a step under a rule, in CUDA where that serves.
@@ -23,8 +24,8 @@ from louver.geometry.rounded_query import TENSOR_UNIT
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
 from louver.kernels.ops import TierOutput
 from louver.kernels.triton import native, step
-from louver.kernels.triton.common import BINS, COUNTERS
-from louver.kernels.triton.dense import attend_everything
+from louver.kernels.triton.common import BINS, COUNTERS, CROWDED
+from louver.kernels.triton.dense import attend_crowded, attend_everything
 from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, workspace
 from louver.kernels.triton.plan import SHARE_BITS, TOLERANCE, Plan, plan_for
 from louver.kernels.triton.thresholds import first_kernel, last_kernel, second_kernel
@@ -108,7 +109,11 @@ def attend_in_looks(
         step.attend_listed(plan, x, False, exacts, slack_share, mask, scored=True)
     rounding = ((longest / min(scans, exacts) + scans + exacts + 256) * unit, UNIT_OF[q.dtype])
     finish = native.finish if native_scan else step.finish
-    finish(plan, (exacts, scans), promised, rounding, (out, evidence, counts))
+    result = (out, evidence, counts)
+    finish(plan, (exacts, scans), promised, rounding, result)
+    if want.dropped_mass is not None:
+        crowded = plan.workspace.counters[:, CROWDED.value]
+        attend_crowded(q, keys, values, sketch, place, softmax_scale, block_table, result, crowded, mask)
     return step.output_of(out, evidence, counts, None if mask is None else mask.view(torch.bool))
 
 
@@ -162,13 +167,13 @@ def _narrow(
 
     first_kernel[(heads,)](
         x, *cache, *scan, w.low, given, w.cuts, before, w.counters, ceilings, floors, best, *plan.place, plan.num_kv_heads, stride,
-        plan.room, sinks, recent, plan.scale, slack_share, ratio, *choice, **shape, **held_by, **asked, BLOCK=64,
+        sinks, recent, plan.scale, slack_share, ratio, *choice, **shape, **held_by, **asked, BLOCK=64,
         NUM_COUNTERS=COUNTERS, PAGED=paged, num_warps=8,
     )  # fmt: skip
     score_what_reaches(last=False)
     second_kernel[(heads,)](
         *scan, w.low, given, w.cuts, before, w.counters, floors, best, sums, *plan.place, plan.num_kv_heads, stride,
-        plan.room, plan.scale, nats, ratio, *choice, G=plan.group, L=frame_len, **held_by, SPLITS=splits, NUM_COUNTERS=COUNTERS, **asked, num_warps=8,
+        plan.scale, nats, ratio, *choice, G=plan.group, L=frame_len, **held_by, SPLITS=splits, NUM_COUNTERS=COUNTERS, **asked, num_warps=8,
     )  # fmt: skip
     score_what_reaches(last=True)
     last_kernel[(heads,)](

@@ -16,7 +16,7 @@ LEAST = tl.constexpr(2.0**-100)
 
 @triton.jit
 def settle_kernel(
-    hist, mean, out, evidence, tier_sums, low, num_blocks, counters, bounds_above, grown_below, cuts, tau, idle,
+    hist, mean, out, evidence, tier_sums, low, num_blocks, counters, bounds_above, grown_below, cuts, tau, idle, crowded,
     num_kv_heads, error, aim, scale, exact_bytes, coarse_bytes,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, TIERS: tl.constexpr, TP: tl.constexpr,
     NUM_COUNTERS: tl.constexpr,
@@ -24,7 +24,8 @@ def settle_kernel(
     """Lower the cuts of a head whose certificate exceeds error |out| less arithmetic, and say that its KV head must be attended again.
 
     ``aim``: share of what is allowed to aim at; at 0 everything is exact for whoever misses. A KV head that listed four fifths of its
-    keys is exact everywhere, too: it would read as much as dense attention.
+    keys, or needs as many by the model, is exact everywhere, too: it would read as much as dense attention. Exact everywhere is
+    ``crowded``: such a KV head is attended densely at the end, and not again before.
     """
     pid = tl.program_id(0)
     kv = pid // G
@@ -38,10 +39,12 @@ def settle_kernel(
     allowed = error * tl.sqrt(tl.sum(o * o, 0)) * (1 - 2.0**-12) - tl.load(evidence + 2 * heads + pid)
     allowed = tl.where(allowed > 0, allowed, 0.0)  # also of NaN
     closed = tl.load(num_blocks + kv // num_kv_heads) * L
-    crowded = (tl.load(counters + kv * NUM_COUNTERS + LISTED) * 5 >= closed * 4) & (closed > 0)
+    full = (tl.load(counters + kv * NUM_COUNTERS + LISTED) * 5 >= closed * 4) & (closed > 0)
     met = certificate <= allowed
     cut = tl.load(cuts + pid * 2)
-    if ((met == 0) | crowded) & (cut > 0):
+    if full | ((met == 0) & ((aim * allowed == 0) | (cut == 0))):
+        tl.store(crowded + kv, 1)
+    elif (met == 0) & (tl.load(crowded + kv) == 0):
         unread = tl.load(cuts + pid * 2 + 1)
         p = tl.arange(0, TP)
         sums = tier_sums + (pid * TIERS + p) * 8
@@ -79,10 +82,13 @@ def settle_kernel(
         cost = above.to(tl.float32) * (exact_bytes - coarse_bytes) + read * coarse_bytes
         best = tl.argmin(tl.where((room >= 0) | (bins == 0), cost, float("inf")), 0)
         chosen = tl.minimum(cut, best * BIN_CODES)
-        chosen = tl.where(crowded | (aim * allowed == 0), 0, chosen)
         unread = tl.minimum(tl.minimum(unread, tl.sum(tl.where(bins == best, edge, 0), 0) * BIN_CODES), chosen)
         bound = (tl.load(low + pid) + chosen.to(tl.float32) / STEPS) / scale
         tl.store(cuts + pid * 2, chosen)
         tl.store(cuts + pid * 2 + 1, unread)
         tl.store(tau + pid, tl.where(chosen == 0, -float("inf"), bound + tl.abs(bound) * 2.0**-20))
-        tl.store(idle + kv, 0)
+        needed = tl.sum(tl.where(bins == best, above, 0), 0)
+        if (needed * 5 >= closed * 4) & (closed > 0):
+            tl.store(crowded + kv, 1)
+        else:
+            tl.store(idle + kv, 0)

@@ -8,7 +8,17 @@ What is asked for is any of: the need highest scores (COUNTED), everything withi
 import triton
 import triton.language as tl
 
-from louver.kernels.triton.common import BELOW, BIN_CODES, BINS, LISTED, STEPS, WEIGHED, exp, token_offset
+from louver.kernels.triton.common import (
+    BELOW,
+    BIN_CODES,
+    BINS,
+    CROWDED,
+    LISTED,
+    STEPS,
+    WEIGHED,
+    exp,
+    token_offset,
+)
 
 NOTHING = tl.constexpr(65536)  # a cut that no code reaches
 UNSEEN = tl.constexpr(0.8)  # of the mass that may be dropped may belong to keys that are never scored
@@ -60,7 +70,7 @@ def _crowded(number, closed):
 def first_kernel(
     q, k, v, table, k_page, k_head, k_token, k_dim, v_page, v_head, v_token, v_dim, table_stride, page_len,
     hist, base, mass_below, low, given, cuts, before, counters, ceilings, floors, best, num_blocks, kv_start, kv_len,
-    num_kv_heads, hist_stride, room, sinks, recent, scale, slack_share, ratio, share, tolerance, count,
+    num_kv_heads, hist_stride, sinks, recent, scale, slack_share, ratio, share, tolerance, count,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr,
     BLOCK: tl.constexpr, NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
@@ -111,7 +121,7 @@ def first_kernel(
         fits = (under + tl.cumsum(mass, 0) - mass) * 1.001 <= ratio * UNSEEN * over
         cut = tl.minimum(cut, tl.max(tl.where(fits, code, tl.min(code, 0)), 0))
         if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), closed):
-            tl.store(counters + kv * NUM_COUNTERS + LISTED, room + 1)
+            tl.store(counters + kv * NUM_COUNTERS + CROWDED, 1)
     if GIVEN:
         cut = tl.minimum(cut, _code_of(tl.load(given + pid), origin, scale))
     tl.store(before + pid, NOTHING)
@@ -122,7 +132,7 @@ def first_kernel(
 @triton.jit
 def second_kernel(
     hist, base, mass_below, low, given, cuts, before, counters, floors, best, sums, num_blocks, kv_start, kv_len,
-    num_kv_heads, hist_stride, room, scale, nats, ratio, share, tolerance, count,
+    num_kv_heads, hist_stride, scale, nats, ratio, share, tolerance, count,
     G: tl.constexpr, L: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr, SPLITS: tl.constexpr, NUM_COUNTERS: tl.constexpr,
     COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
@@ -149,6 +159,8 @@ def second_kernel(
         number, code, mass, under = _from_scan(hist, base, mass_below, pid, hist_stride, HELD, BASED)
         limit = ratio * UNSEEN * kept
         cut = tl.minimum(cut, tl.where(limit == limit, _highest(code, mass, under, limit), 0))
+        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), tl.load(num_blocks + row) * L):
+            tl.store(counters + kv * NUM_COUNTERS + CROWDED, 1)
     if GIVEN:
         cut = tl.minimum(cut, _code_of(tl.load(given + pid), origin, scale))
     mine = counters + kv * NUM_COUNTERS
@@ -157,9 +169,6 @@ def second_kernel(
     tl.store(cuts + pid * 2 + 1, cut)
     if pid % G == 0:
         tl.store(mine + WEIGHED, tl.load(mine + LISTED))
-    if MASS:
-        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), tl.load(num_blocks + row) * L):
-            tl.store(mine + LISTED, room + 1)
 
 
 @triton.jit
@@ -171,8 +180,9 @@ def last_kernel(
 ):  # fmt: skip
     """Every key that may be asked for is scored: tau = what a score must reach to be kept, promised = what no lost key's score reaches.
 
-    A KV head is attended densely (its list is declared too long) where the share of the mass can't be met, where four fifths of
-    its keys are listed for it, and where the row is longer than its sketch by more than the list has places for.
+    A KV head is to be attended densely where the share of the mass can't be met, where four fifths of its keys are needed for it, where its
+    list overflowed, and where the row is longer than its sketch by more than the list has places for. Under MASS dense.py does that, and
+    the kernels until then find an empty list; without it the list is declared too long, and they do it themselves.
     """
     pid = tl.program_id(0)
     kv = pid // G
@@ -204,6 +214,7 @@ def last_kernel(
         cut = tl.sum(((tl.cumsum(mass, 0) - mass) * 1.001 <= limit).to(tl.int32), 0) - 1
         lowest = tl.minimum(lowest, (cut * BIN_CODES).to(tl.float32))
         dense = dense | (cut < 0) | (limit == float("inf")) | _crowded(listed, closed)
+        dense = dense | (tl.load(mine + CROWDED) != 0)
     logit = origin + tl.minimum(lowest, 1e9) / STEPS
     score = (logit - (tl.abs(logit) + tl.abs(origin)) * 2.0**-18) / scale
     score -= tl.abs(score) * 2.0**-20
@@ -218,6 +229,10 @@ def last_kernel(
     bound = tl.where(cut == 0, -float("inf"), bound)
     dense = dense | (score != score)
     if dense:
-        tl.store(mine + LISTED, room + 1)
+        if MASS:
+            tl.store(mine + CROWDED, 1)
+            tl.store(mine + LISTED, 0)
+        else:
+            tl.store(mine + LISTED, room + 1)
     tl.store(tau + pid, tl.where(dense, -float("inf"), score))
     tl.store(promised + pid, tl.where(dense, -float("inf"), tl.maximum(score, bound)))

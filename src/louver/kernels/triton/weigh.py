@@ -12,6 +12,7 @@ from louver.kernels.triton.common import (
     BELOW,
     BIN_CODES,
     BINS,
+    CROWDED,
     DECIDED,
     LISTED,
     LOG2E,
@@ -42,7 +43,7 @@ def list_new_kernel(
     block = pid.to(tl.int64) * capacity + chunk
     inside = (chunk < blocks)[:, None] & (t < L)[None, :]
     mine = counters + pid * NUM_COUNTERS
-    if (tl.program_id(1) * CHUNK < blocks) & (tl.load(mine + LISTED) <= room):  # or everything is attended
+    if (tl.program_id(1) * CHUNK < blocks) & (tl.load(mine + CROWDED) == 0):  # or everything is attended
         reaches = tl.zeros((CHUNK, LP), tl.int32)
         earlier = tl.zeros((CHUNK, LP), tl.int32)
         decided = tl.zeros((CHUNK, LP), tl.int32)
@@ -111,7 +112,7 @@ def weigh_kernel(
     end = tl.minimum(begin + each, total)
     mass = tl.zeros((GP,), tl.float32)
     highest = tl.full((GP,), -HIGHEST, tl.float32)
-    if (held <= room) & (length - closed <= 2 * L):
+    if (held <= room) & (length - closed <= 2 * L) & (tl.load(mine + CROWDED) == 0):
         for i in range(begin, end, BLOCK):
             index = i + tl.arange(0, BLOCK)
             inside = index < end

@@ -2,7 +2,8 @@
 
     prepare, scan, resolve      the bounds, and the first cuts, by a rule
     tiers, exact, finish        an output with its certificate                     again after every settle
-    settle                      lower the cuts of whoever misses (settle.py)       len(AIMS) times, then: everything exact
+    settle                      lower the cuts of whoever misses (settle.py)       len(AIMS) times
+    settle, dense               everything exact for whoever misses still, and for KV heads that need nearly all of their keys
 
 Launches of later passes end at once for KV heads whose cuts stayed. The Triton twins of a step's kernels serve it: cuts come from outside.
 What attention/within.py does over any backend's ops, with sums by key where this has a model, and as many passes as it takes.
@@ -20,6 +21,7 @@ from louver.geometry.rounded_query import TENSOR_UNIT
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
 from louver.kernels.ops import TierOutput
 from louver.kernels.triton.common import BINS, COUNTERS
+from louver.kernels.triton.dense import attend_crowded
 from louver.kernels.triton.launch import buffers, num_splits, workspace
 from louver.kernels.triton.plan import plan_for
 from louver.kernels.triton.settle import settle_kernel
@@ -30,7 +32,7 @@ from louver.sketch.accounting import CACHE_BYTES, value_frame_bytes
 from louver.sketch.layout import Sketch
 
 # Of what is allowed, what each pass that lowers cuts aims at. Much too high at first: heads of a group read for one another, which shows
-# only in the next certificate, and cuts never rise again. Whoever misses after the last is exact everywhere.
+# only in the next certificate, and cuts never rise again.
 AIMS = (2.5, 1.4, 0.95, 0.8)
 
 
@@ -69,25 +71,33 @@ def attend_within(
     counts = torch.empty(batch, keys.shape[1], 7, dtype=torch.int64, device=device)
     above = buffers(workspace, device, "bounds_above", (batch * num_q_heads, BINS.value), torch.int32)
     below = buffers(workspace, device, "grown_below", (batch * num_q_heads, BINS.value), torch.float32)
+    crowded = buffers(workspace, device, "crowded", (rows,), torch.int32).zero_()
 
     def attend(again: bool) -> None:
         sort(plan, scans, again)
         attend_listed(plan, x, False, exacts, SAFETY * gamma(head_dim + 2, unit), mask, again)
         finish(plan, (exacts, scans), w.tau, rounding, (out, evidence, counts))
 
-    scan(plan, x, sinks, recent, False, scans, False)
-    attend(again=False)
-    looked = counts[..., COUNTS.index("exact")].clone()
-    for aim in (*AIMS, 0.0):
+    def lower(aim: float) -> None:
         w.finished.fill_(1)  # idle, unless a head says otherwise
         settle_kernel[(batch * num_q_heads,)](
             w.hist, sketch.value_mean, out, evidence, w.tier_sums, w.low, sketch.num_blocks, w.counters, above, below, w.cuts, w.tau,
-            w.finished, plan.num_kv_heads, error, aim, softmax_scale, float(2 * CACHE_BYTES * head_dim),
+            w.finished, crowded, plan.num_kv_heads, error, aim, softmax_scale, float(2 * CACHE_BYTES * head_dim),
             float(head_dim // 2), G=plan.group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=sketch.config.frame_len,
             TIERS=scans, TP=triton.next_power_of_2(scans), NUM_COUNTERS=COUNTERS, num_warps=8,
         )  # fmt: skip
+
+    scan(plan, x, sinks, recent, False, scans, False)
+    attend(again=False)
+    looked = counts[..., COUNTS.index("exact")].clone()
+    for aim in AIMS:
+        lower(aim)
         w.counters.mul_(w.finished[: plan.rows, None])
         attend(again=True)
+    lower(0.0)
+    attend_crowded(
+        q, keys, values, sketch, (kv_start, kv_len), softmax_scale, None, (out, evidence, counts), crowded, mask
+    )
     columns = dict(zip(COUNTS, counts.unbind(-1), strict=True))
     more = (columns["exact"] - looked) * (head_dim // 2)
     more += (columns["blocks"] - columns["value_blocks"]) * value_frame_bytes(head_dim)
