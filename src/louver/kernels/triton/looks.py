@@ -36,7 +36,7 @@ from louver.sketch.layout import Sketch
 
 BOUNDS = CutRule(drop=False)  # makes the scan count upper bounds; the cuts it resolves are not used
 KEPT = CutRule(drop=True)
-FLOOR = 0.9  # share of the centers above which bounds are counted one by one
+FLOOR = (0.9, 4.0)  # bounds are counted from so many nats below this share of the centers on
 RESERVE = 2.0**-7  # of what may be dropped: for the roundings that a certificate allows for once more
 NEVER = (1 << 31) - 1  # keys: a rank that no step reaches, so the threshold stays what it is
 
