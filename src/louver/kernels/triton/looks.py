@@ -67,7 +67,7 @@ def attend_in_looks(
 ) -> TierOutput | None:
     """One decode step that keeps what is ``wanted`` (fields of Wanted) and drops the rest; None where no kernel serves these shapes.
 
-    dropped_mass_bound <= dropped_mass for every query head, if it is asked for. A KV head that would need four fifths of its keys for that
+    dropped_mass_bound <= dropped_mass for every query head, if it is asked for. A KV head that would need three fifths of its keys for that
     is attended densely.
     """
     want = Wanted(**wanted)
@@ -149,7 +149,7 @@ def _narrow(
     shape = {"G": plan.group, "D": sketch.dims, "DP": triton.next_power_of_2(sketch.dims), "L": frame_len}
     paged = plan.block_table is not None
     held_by = {"HELD": held, "BASED": native_scan}
-    chunk = max(1, 2048 // triton.next_power_of_2(frame_len))
+    chunk = max(1, 512 // triton.next_power_of_2(frame_len))
     off = UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20  # what exact_kernel allows a weight for rounding; attend.cu less
 
     def score_what_reaches(last: bool) -> None:

@@ -9,17 +9,17 @@ it: every pass has a certificate of its own, and who misses at the end is exact 
 import triton
 import triton.language as tl
 
-from louver.kernels.triton.common import BIN_CODES, BINS, LISTED, STEPS, exp
+from louver.kernels.triton.common import BELOW, BIN_CODES, LISTED, STEPS, exp
 
 LEAST = tl.constexpr(2.0**-100)
 
 
 @triton.jit
 def settle_kernel(
-    hist, mean, out, evidence, tier_sums, low, num_blocks, counters, bounds_above, grown_below, cuts, tau, idle, crowded,
-    num_kv_heads, error, aim, scale, exact_bytes, coarse_bytes,
+    hist, base, mass_below, mean, out, evidence, tier_sums, low, num_blocks, counters, bounds_above, grown_below, cuts, tau, idle, crowded,
+    num_kv_heads, hist_stride, error, aim, scale, exact_bytes, coarse_bytes,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, TIERS: tl.constexpr, TP: tl.constexpr,
-    NUM_COUNTERS: tl.constexpr,
+    NUM_COUNTERS: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr,
 ):  # fmt: skip
     """Lower the cuts of a head whose certificate exceeds error |out| less arithmetic, and say that its KV head must be attended again.
 
@@ -55,40 +55,54 @@ def settle_kernel(
         coded = tl.minimum(tl.maximum(apart - spread, 0.0), spread)  # how far a sketched value is off
         growth = surplus / weights
 
-        bins = tl.arange(0, BINS)
-        number = tl.load(hist + pid * 2 * BINS + bins)
-        logit = tl.load(low + pid) + (bins.to(tl.float32) + 0.5) * (BIN_CODES / STEPS) - lse
-        share = number.to(tl.float32) * exp(tl.minimum(logit, 60.0)) / (1.0 + growth)
-        coarse = share * (growth * (spread + away) + coded)
-        more = share * (spread - coded)
-        at_cut = tl.sum(tl.where(bins < cut // BIN_CODES, coarse, 0.0), 0)
-        predicted = at_cut + tl.sum(tl.where(bins < unread // BIN_CODES, more, 0.0), 0)
+        bins = tl.arange(0, HELD)
+        number = tl.load(hist + pid * hist_stride + bins)
+        code = bins * BIN_CODES
+        origin = tl.load(low + pid) - lse
+        share = 0.0  # of the weights, of the keys under all bins
+        if BASED:
+            code += tl.load(base + pid)
+            share += tl.load(mass_below + pid * 2) * exp(tl.minimum(origin + BELOW, 60.0)) / (1.0 + growth)
+        coarse_below = share * (growth * (spread + away) + coded)
+        more_below = share * (spread - coded)
+        logit = origin + (code.to(tl.float32) + 0.5 * BIN_CODES) / STEPS
+        shares = number.to(tl.float32) * exp(tl.minimum(logit, 60.0)) / (1.0 + growth)
+        coarse = shares * (growth * (spread + away) + coded)
+        more = shares * (spread - coded)
+        predicted = coarse_below + tl.sum(tl.where(code < cut, coarse, 0.0), 0)
+        predicted += more_below + tl.sum(tl.where(code < unread, more, 0.0), 0)
         factor = tl.minimum(tl.maximum(certificate / tl.maximum(predicted, LEAST), 2.0**-20), 2.0**20)
-        room = aim * allowed / factor - (tl.cumsum(coarse, 0) - coarse)
+        room = aim * allowed / factor - coarse_below - (tl.cumsum(coarse, 0) - coarse)
 
         # The last bin edge j, at or below i, under which values may go unread within room(i): found by bisection.
         above = tl.sum(number, 0) - tl.cumsum(number, 0) + number
-        tl.store(bounds_above + pid * BINS + bins, above)
-        tl.store(grown_below + pid * BINS + bins, tl.cumsum(more, 0) - more)
+        tl.store(bounds_above + pid * HELD + bins, above)
+        tl.store(grown_below + pid * HELD + bins, more_below + tl.cumsum(more, 0) - more)
         tl.debug_barrier()
-        edge = tl.zeros((BINS,), tl.int32)
-        step = BINS // 2
+        edge = tl.zeros((HELD,), tl.int32)
+        step = HELD // 2
         while step > 0:
-            further = tl.minimum(edge + step, BINS - 1)
-            grown = tl.load(grown_below + pid * BINS + further, cache_modifier=".cg")
+            further = tl.minimum(edge + step, HELD - 1)
+            grown = tl.load(grown_below + pid * HELD + further, cache_modifier=".cg")
             edge = tl.where((edge + step <= bins) & (grown <= room), further, edge)
             step = step // 2
-        read = tl.load(bounds_above + pid * BINS + edge, cache_modifier=".cg").to(tl.float32)
+        read = tl.load(bounds_above + pid * HELD + edge, cache_modifier=".cg").to(tl.float32)
         cost = above.to(tl.float32) * (exact_bytes - coarse_bytes) + read * coarse_bytes
-        best = tl.argmin(tl.where((room >= 0) | (bins == 0), cost, float("inf")), 0)
-        chosen = tl.minimum(cut, best * BIN_CODES)
-        unread = tl.minimum(tl.minimum(unread, tl.sum(tl.where(bins == best, edge, 0), 0) * BIN_CODES), chosen)
+        best = tl.argmin(tl.where(room >= 0, cost, float("inf")), 0)
+        fits = tl.max((room >= 0).to(tl.int32), 0) > 0  # or everything must be exact
+        chosen = tl.where(fits, tl.minimum(cut, tl.sum(tl.where(bins == best, code, 0), 0)), 0)
+        at = tl.sum(tl.where(bins == best, edge, 0), 0)
+        edge_code = tl.sum(tl.where(bins == at, code, 0), 0)
+        edge_code = tl.where(
+            (at == 0) & (more_below > tl.max(tl.where(bins == best, room, -float("inf")), 0)), 0, edge_code
+        )
+        unread = tl.minimum(tl.minimum(unread, edge_code), chosen)
         bound = (tl.load(low + pid) + chosen.to(tl.float32) / STEPS) / scale
         tl.store(cuts + pid * 2, chosen)
         tl.store(cuts + pid * 2 + 1, unread)
         tl.store(tau + pid, tl.where(chosen == 0, -float("inf"), bound + tl.abs(bound) * 2.0**-20))
-        needed = tl.sum(tl.where(bins == best, above, 0), 0)
-        if (needed * 5 >= closed * 4) & (closed > 0):
+        needed = tl.sum(tl.where(code >= chosen, number, 0), 0)
+        if (chosen == 0) | ((needed * 5 >= closed * 4) & (closed > 0)):
             tl.store(crowded + kv, 1)
         else:
             tl.store(idle + kv, 0)

@@ -143,7 +143,7 @@ def tiers_kernel(
         for s in tl.static_range(SLICES):
             r = tl.load(radius + (block * L + t) * SLICES + s, mask=t < L, other=0).to(tl.float32)
             width += r[:, None] * tl.load(factors + s * G, mask=real, other=0.0)[None, :]
-        width = width * (1 + 2.0**-18) + hidden[None, :]
+        width = width * (1 + 2.0**-17) + hidden[None, :]
         position = (code - cut[None, :]).to(tl.float32) * (1.0 / STEPS)
         weight = tl.exp2((position - width) * LOG2E) * WEIGHT_SCALE
         weight = tl.where(sketched[:, None] & real[None, :] & (code > 0), weight, 0.0).to(tl.float16)

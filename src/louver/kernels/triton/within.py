@@ -5,7 +5,8 @@
     settle                      lower the cuts of whoever misses (settle.py)       len(AIMS) times
     settle, dense               everything exact for whoever misses still, and for KV heads that need nearly all of their keys
 
-Launches of later passes end at once for KV heads whose cuts stayed. The Triton twins of a step's kernels serve it: cuts come from outside.
+Launches of later passes end at once for KV heads whose cuts stayed. The first pass is a step's, in CUDA where that serves; the others take the
+Triton twins, which know what to leave out.
 What attention/within.py does over any backend's ops, with sums by key where this has a model, and as many passes as it takes.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from louver.geometry.rounded_query import TENSOR_UNIT
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
 from louver.kernels.ops import TierOutput
+from louver.kernels.triton import native
 from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_crowded
 from louver.kernels.triton.launch import buffers, num_splits, workspace
@@ -31,6 +33,7 @@ from louver.shapes import Keys, PerRow, Query, Values
 from louver.sketch.accounting import CACHE_BYTES, value_frame_bytes
 from louver.sketch.layout import Sketch
 
+FLOOR = (0.9, 4.0)  # bounds are counted from so many nats below this share of the centers on
 # Of what is allowed, what each pass that lowers cuts aims at. Much too high at first: heads of a group read for one another, which shows
 # only in the next certificate, and cuts never rise again.
 AIMS = (2.5, 1.4, 0.95, 0.8)
@@ -59,7 +62,9 @@ def attend_within(
         return None
     batch, num_q_heads, head_dim = q.shape
     rows, longest = batch * keys.shape[1], keys.shape[2]
-    scans, exacts = num_splits(rows, sketch.capacity, 8), num_splits(rows, -(-longest // 64), 4)
+    native_scan = native.serves_scan(q, sketch, num_q_heads // keys.shape[1])
+    scans = native.num_ctas(rows, -(-sketch.capacity // 8)) if native_scan else num_splits(rows, sketch.capacity, 8)
+    exacts = num_splits(rows, -(-longest // 64), 4)
     plan = plan_for(q, keys, values, sketch, first, (kv_start, kv_len), softmax_scale, None, scans, exacts)
     w, device = plan.workspace, q.device
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
@@ -73,21 +78,32 @@ def attend_within(
     below = buffers(workspace, device, "grown_below", (batch * num_q_heads, BINS.value), torch.float32)
     crowded = buffers(workspace, device, "crowded", (rows,), torch.int32).zero_()
 
+    held = native.NUM_BINS if native_scan else BINS.value
+
     def attend(again: bool) -> None:
-        sort(plan, scans, again)
+        if native_scan and not again:
+            native.tiers(plan, scans)
+        else:
+            sort(plan, scans, again)
         attend_listed(plan, x, False, exacts, SAFETY * gamma(head_dim + 2, unit), mask, again)
-        finish(plan, (exacts, scans), w.tau, rounding, (out, evidence, counts))
+        merge = native.finish if native_scan else finish
+        merge(plan, (exacts, scans), w.tau, rounding, (out, evidence, counts))
 
     def lower(aim: float) -> None:
         w.finished.fill_(1)  # idle, unless a head says otherwise
         settle_kernel[(batch * num_q_heads,)](
-            w.hist, sketch.value_mean, out, evidence, w.tier_sums, w.low, sketch.num_blocks, w.counters, above, below, w.cuts, w.tau,
-            w.finished, crowded, plan.num_kv_heads, error, aim, softmax_scale, float(2 * CACHE_BYTES * head_dim),
+            w.hist, w.floor, w.masses, sketch.value_mean, out, evidence, w.tier_sums, w.low, sketch.num_blocks, w.counters, above, below, w.cuts, w.tau,
+            w.finished, crowded, plan.num_kv_heads, held if native_scan else 2 * held, error, aim, softmax_scale, float(2 * CACHE_BYTES * head_dim),
             float(head_dim // 2), G=plan.group, D=head_dim, DP=triton.next_power_of_2(head_dim), L=sketch.config.frame_len,
-            TIERS=scans, TP=triton.next_power_of_2(scans), NUM_COUNTERS=COUNTERS, num_warps=8,
+            TIERS=scans, TP=triton.next_power_of_2(scans), NUM_COUNTERS=COUNTERS,
+            HELD=held, BASED=native_scan, num_warps=8,
         )  # fmt: skip
 
-    scan(plan, x, sinks, recent, False, scans, False)
+    if native_scan:
+        native.prepare(plan, x, FLOOR, False)
+        native.scan(plan, x, sinks, recent, False)
+    else:
+        scan(plan, x, sinks, recent, False, scans, False)
     attend(again=False)
     looked = counts[..., COUNTS.index("exact")].clone()
     for aim in AIMS:
