@@ -46,7 +46,7 @@ def eager(model, cache, tokens):
         "mass:0.05",
         "relative:5",
         "error:0.1",
-        "sample-topk:3",
+        "sample-budget:0.3",
         "dense",
     ],
 )

@@ -67,7 +67,7 @@ def attend_in_looks(
 ) -> TierOutput | None:
     """One decode step that keeps what is ``wanted`` (fields of Wanted) and drops the rest; None where no kernel serves these shapes.
 
-    dropped_mass_bound <= dropped_mass for every query head, if it is asked for. A KV head that would need three fifths of its keys for that
+    dropped_mass_bound <= dropped_mass for every query head, if it is asked for. A KV head that would need four fifths of its keys for that
     is attended densely.
     """
     want = Wanted(**wanted)

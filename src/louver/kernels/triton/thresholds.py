@@ -61,9 +61,9 @@ def _needed(length, share, tolerance, count):
 
 
 @triton.jit
-def _crowded(number, closed):
-    """Whether so many of the keys are needed that to gather them takes as long as to read all in one stream (measured: 57%)."""
-    return (number * 5 >= closed * 3) & (closed > 0)
+def _crowded(number, closed, FIFTHS: tl.constexpr):
+    """Whether a head needs so many fifths of its keys."""
+    return (number * 5 >= closed * FIFTHS) & (closed > 0)
 
 
 @triton.jit
@@ -76,7 +76,8 @@ def first_kernel(
 ):  # fmt: skip
     """What to score first: keys that no outcome could rule out, or that settle what the best is. Clears what weighing counts into.
 
-    Nothing rests on the choice: the second look's threshold is one whatever was scored.
+    Nothing rests on the choice: the second look's threshold is one whatever was scored. Where three fifths of the keys are needed in any
+    case, no more is looked at: as a rule four fifths are in the end.
     """
     pid = tl.program_id(0)
     kv = pid // G
@@ -120,7 +121,7 @@ def first_kernel(
         over = tl.sum(mass, 0) - tl.cumsum(mass, 0) + mass + tl.sum(decided, 0)
         fits = (under + tl.cumsum(mass, 0) - mass) * 1.001 <= ratio * UNSEEN * over
         cut = tl.minimum(cut, tl.max(tl.where(fits, code, tl.min(code, 0)), 0))
-        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), closed):
+        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), closed, 3):
             tl.store(counters + kv * NUM_COUNTERS + CROWDED, 1)
     if GIVEN:
         cut = tl.minimum(cut, _code_of(tl.load(given + pid), origin, scale))
@@ -159,7 +160,7 @@ def second_kernel(
         number, code, mass, under = _from_scan(hist, base, mass_below, pid, hist_stride, HELD, BASED)
         limit = ratio * UNSEEN * kept
         cut = tl.minimum(cut, tl.where(limit == limit, _highest(code, mass, under, limit), 0))
-        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), tl.load(num_blocks + row) * L):
+        if _crowded(tl.sum(tl.where(code >= cut, number, 0), 0), tl.load(num_blocks + row) * L, 4):
             tl.store(counters + kv * NUM_COUNTERS + CROWDED, 1)
     if GIVEN:
         cut = tl.minimum(cut, _code_of(tl.load(given + pid), origin, scale))
@@ -180,7 +181,7 @@ def last_kernel(
 ):  # fmt: skip
     """Every key that may be asked for is scored: tau = what a score must reach to be kept, promised = what no lost key's score reaches.
 
-    A KV head is to be attended densely where the share of the mass can't be met, where three fifths of its keys are needed for it, where its
+    A KV head is to be attended densely where the share of the mass can't be met, where four fifths of its keys are needed for it, where its
     list overflowed, and where the row is longer than its sketch by more than the list has places for. Under MASS dense.py does that, and
     the kernels until then find an empty list; without it the list is declared too long, and they do it themselves.
     """
@@ -213,7 +214,7 @@ def last_kernel(
         mass = number.to(tl.float32) * exp((bins + 1).to(tl.float32) * (BIN_CODES / STEPS) - BELOW)
         cut = tl.sum(((tl.cumsum(mass, 0) - mass) * 1.001 <= limit).to(tl.int32), 0) - 1
         lowest = tl.minimum(lowest, (cut * BIN_CODES).to(tl.float32))
-        dense = dense | (cut < 0) | (limit == float("inf")) | _crowded(listed, closed)
+        dense = dense | (cut < 0) | (limit == float("inf")) | _crowded(listed, closed, 4)
         dense = dense | (tl.load(mine + CROWDED) != 0)
     logit = origin + tl.minimum(lowest, 1e9) / STEPS
     score = (logit - (tl.abs(logit) + tl.abs(origin)) * 2.0**-18) / scale
