@@ -222,7 +222,7 @@ def _attend(
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     block = 64 if head_dim <= 64 and keys.element_size() == 2 else 32  # narrow heads: as many bytes on their way
     # Of some KV heads there are programs enough to fill the device with one of them; the others' end at once.
-    splits = num_splits(batch * num_kv_heads, -(-longest // block), 2 if only is None else 16)
+    splits = num_splits(batch * num_kv_heads, -(-longest // block), 2 if only is None else 8)
     part_out = buffers(workspace, q.device, "dense_out", (batch * num_q_heads, splits, head_dim), torch.float32)
     part_sums = buffers(workspace, q.device, "dense_sums", (batch * num_q_heads, splits, 8), torch.float32)
     group = num_q_heads // num_kv_heads

@@ -37,7 +37,7 @@ def sample_scores(
     batch, num_q_heads, head_dim = q.shape
     rows = batch * keys.shape[1]
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
-    order = _order(q.device, triton.next_power_of_2(max(longest, 1)), sample.seed)
+    order = _order(q.device, 1 << max(longest - 1, 0).bit_length(), sample.seed)
     chosen = buffers(workspace, q.device, "sampled", (batch, sample.size), torch.int32)
     scores = torch.empty(batch, num_q_heads, sample.size, device=q.device)
     x = q.contiguous()
