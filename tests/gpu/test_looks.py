@@ -103,11 +103,15 @@ def test_many_heads_of_a_kv_head_list_no_more_than_they_need(policy, group):
 def test_buffers_of_earlier_steps_are_given_back(monkeypatch):
     monkeypatch.setattr(launch, "_held", launch.OrderedDict())
     monkeypatch.setattr(launch, "MOST_BYTES", 1 << 20)
-    device = torch.device("cuda")
-    kept = [launch.buffers(launch.workspace, device, str(i), (1 << 16,), torch.float32) for i in range(20)]
-    assert (
-        len(launch._held) == 4 and launch.buffers(launch.workspace, device, "19", (1 << 16,), torch.float32) is kept[19]
-    )
-    assert launch.buffers(launch.workspace, device, "0", (1 << 16,), torch.float32) is not kept[0]
-    big = launch.buffers(launch.workspace, device, "big", (1 << 20,), torch.float32)
-    assert list(launch._held.values()) == [big]
+    assert_given_back(torch.device("cuda"))
+
+
+def assert_given_back(device):
+    def ask(name, size):
+        return launch.buffers(launch.workspace, device, name, (size,), torch.float32)
+
+    kept = [ask(str(i), 1 << 16) for i in range(20)]  # a quarter of a megabyte each
+    assert len(launch._held) == 5 and ask("19", 1 << 16) is kept[19]
+    assert ask("0", 1 << 16) is not kept[0]
+    big = ask("big", 1 << 20)
+    assert len(launch._held) == 5 and ask("big", 1 << 20) is big

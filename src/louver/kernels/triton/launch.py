@@ -10,7 +10,7 @@ from torch import Tensor
 
 from louver.sketch.layout import SCALES
 
-MOST_BYTES = 256 << 20  # of buffers held from step to step
+MOST_BYTES = 256 << 20  # of buffers held from step to step, beside the largest
 NUM_MULTIPROCESSORS = 132  # of a Hopper card; only the number of programs depends on it
 
 
@@ -38,7 +38,7 @@ _held: OrderedDict[tuple, Any] = OrderedDict()  # of steps before, the last used
 def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
     """What ``make(device, *shape)``, a tensor or a tuple of them, made once per shape; its content means nothing between steps.
 
-    Steps of one stream share it. Those used last stay, up to MOST_BYTES in all. Where a graph is captured it is made anew, and the graph's
+    Steps of one stream share it. Those used last stay, up to MOST_BYTES beside the largest. Where a graph is captured it is made anew, and the graph's
     own: a graph replays addresses, and buffers that are given back, or lent to another stream, must not be among them.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -46,7 +46,7 @@ def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
     key = (make, device, shape)
     if key not in _held:
         _held[key] = make(device, *shape)
-        while len(_held) > 1 and sum(map(_num_bytes, _held.values())) > MOST_BYTES:
+        while sum(sizes := [_num_bytes(x) for x in _held.values()]) > MOST_BYTES + max(sizes):
             _held.popitem(last=False)
     _held.move_to_end(key)
     return _held[key]
