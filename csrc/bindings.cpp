@@ -153,9 +153,10 @@ void attend_dense(const Array& q, const Array& keys, const Array& values, const 
 template <class Bits>
 bool none_has(const Array& x, Bits exponent) {
     const Bits* bits = data<const Bits>(x);
-    bool special = false;
-    for (size_t i = 0; i < x.size(); ++i) special |= (bits[i] & exponent) == exponent;
-    return !special;
+    const size_t n = x.size();
+    Bits special = 0;  // as wide as what it looks at, so that the loop is one of vectors
+    for (size_t i = 0; i < n; ++i) special |= static_cast<Bits>((bits[i] & exponent) == exponent);
+    return special == 0;
 }
 
 bool is_finite(const Array& x) {

@@ -161,6 +161,10 @@ TABLES = {
     "cpu-narrow-float32": _cpu("speed_cpu_smollm2_f32.json"),
     "cpu-narrow-bfloat16": _cpu("speed_cpu_smollm2_bf16.json"),
     "cpu-capture": _cpu("speed_cpu_capture.json"),
+    "cpu-avx512": _cpu("speed_cpu_avx512.json"),
+    "cpu-avx512-131k": _cpu("speed_cpu_avx512_131k.json"),
+    "cpu-avx512-narrow-float32": _cpu("speed_cpu_avx512_smollm2_f32.json"),
+    "cpu-avx512-narrow-bfloat16": _cpu("speed_cpu_avx512_smollm2_bf16.json"),
     "cpu-certified": _cpu("speed_cpu_certified.json"),
     "cpu-prompt": Table(
         file="speed_cpu_prompt.json",

@@ -30,6 +30,18 @@ def isa(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 7, 64, 577])
+def test_one_element_that_is_not_finite_is_found_wherever_it_is(dtype, size):
+    info = torch.finfo(dtype)
+    for value in (0.0, info.max, info.min, info.smallest_normal / 2, torch.inf, -torch.inf, torch.nan):
+        for at in (0, size // 2, size - 1):
+            x = torch.randn(1, 1, size).to(dtype)
+            x[..., at] = value
+            assert native.is_finite(x) == bool(torch.isfinite(x).all())
+    assert native.is_finite(torch.ones(1, 9, size, dtype=dtype).transpose(1, 2))
+
+
 @pytest.mark.parametrize("head_dim, group_size, dtype", SHAPES)
 def test_every_instruction_set_bounds_and_attends(isa, head_dim, group_size, dtype):
     case = build_case(3, kv_len=700, head_dim=head_dim, group_size=group_size, dtype=dtype, ragged=True)
