@@ -234,6 +234,7 @@ LOOKS = [
     Case(policy="relative:2|fixed:30", kv_len=40),
     Case(policy="mass:0.5", group=4, huge=True, kv_len=1100),
     Case(policy="mass:0.001", pad=7),  # needs all keys: dense
+    Case(policy="topk:7|mass:0.3", page_len=48, pad=7),
     Case(policy="sample-topk:3+size:40", group=2, pad=7),
     Case(policy="sample-gap+seed:3+recent:5", kv_len=130),
 ]
@@ -243,10 +244,13 @@ def check_looks(case: Case, device: str) -> dict[str, float]:
     """A step whose threshold comes out of looks keeps what it certifies and what was asked, in float64; returns what was measured."""
     from louver import attend
     from louver.attention.asked import num_asked_violations
+    from louver.attention.fused import wanted_by
     from louver.kernels import crossover
+    from louver.kernels.reference.sample import sample_scores as reference_scores
+    from louver.kernels.triton import attend_in_looks, sample_scores
     from louver.policies.relative import Relative
     from louver.policies.spec import parse
-    from louver.protocols import COUNTS
+    from louver.protocols import COUNTS, Sample
 
     q, keys, values, start, stop, index = build(case, device)
     policy, scale = parse(case.policy), q.shape[2] ** -0.5
@@ -269,6 +273,21 @@ def check_looks(case: Case, device: str) -> dict[str, float]:
     only = kept / kept.sum(-1, keepdim=True).clamp_min(1e-300)
     kept_out = (only.unflatten(1, (case.num_kv_heads, -1)) @ values.double()).flatten(1, 2)
     assert ((out - kept_out).norm(dim=-1) <= result.arithmetic_bound.double()).all(), "arithmetic exceeds its bound"
+    if case.page_len:
+        table, paged_keys, paged_values = pages(keys, values, case.page_len)
+        place, ends = (start, stop, scale), (policy.sinks, policy.recent)
+        with crossover.switched(False):
+            again = attend_in_looks(
+                q, paged_keys, paged_values, index.sketch, wanted_by(policy), *place, *ends, block_table=table
+            )
+        assert again is not None
+        torch.testing.assert_close(again.tau * scale, result.tau * scale, atol=2e-3, rtol=1e-5)
+        torch.testing.assert_close(again.out, result.out, atol=5e-2, rtol=2e-3)
+        sample = Sample(40, 1)
+        one = sample_scores(q, paged_keys, start, stop, sample, table).sort(-1).values
+        torch.testing.assert_close(
+            one, reference_scores(q, keys, start, stop, sample).sort(-1).values, atol=1e-2, rtol=1e-3
+        )
     if isinstance(policy, Relative):
         best = torch.where(valid, scores, -torch.inf).amax(-1, keepdim=True)
         near = valid & ((best - scores) * scale < policy.nats - 1e-3)
