@@ -13,7 +13,9 @@ from louver.protocols import COUNTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 checks = importlib.import_module("checks")
-launch, plan, step = (importlib.import_module(f"louver.kernels.triton.{name}") for name in ("launch", "plan", "step"))
+launch, native, plan, step = (
+    importlib.import_module(f"louver.kernels.triton.{name}") for name in ("launch", "native", "plan", "step")
+)
 Case = checks.Case
 
 pytestmark = pytest.mark.gpu
@@ -69,6 +71,28 @@ WITHIN = [
 )
 def test_an_error_that_was_asked_for_is_certified(case):
     print(checks.check_within(case, "cuda"))
+
+
+LONG = [
+    Case(policy=policy, head_dim=head_dim, group=group, frame_len=frame_len, dtype=dtype, **{"kv_len": 9001, **more})
+    for policy, head_dim, group, frame_len, dtype, more in [
+        ("budget:0.01", 128, 4, 128, torch.float16, {}),
+        ("topk:20", 128, 3, 128, torch.bfloat16, {"page_len": 256, "pad": 300}),
+        ("topk:7", 64, 7, 64, torch.float16, {"huge": True}),
+        ("budget:0.05+sinks:3+recent:300", 256, 8, 128, torch.float16, {}),
+        ("budget:0.01", 64, 1, 64, torch.bfloat16, {"pad": 7}),
+        ("fixed:30", 128, 4, 128, torch.float16, {}),
+        ("exact:0.01", 128, 4, 128, torch.float16, {"pad": 7}),
+        ("exact:0.05", 64, 3, 128, torch.float16, {"kv_len": 1203}),  # ten warps a CTA of tiers.cu
+    ]
+]
+
+
+@pytest.mark.parametrize("case", LONG, ids=lambda c: f"{c.policy}-{c.head_dim}x{c.group}")
+def test_a_program_takes_many_blocks_and_keys_of_a_long_cache(case, monkeypatch):
+    """With a single multiprocessor to fill, 9,001 keys make as many turns of every loop as a million do of a card's."""
+    monkeypatch.setattr(native, "NUM_MULTIPROCESSORS", 1)
+    checks.check(case, "cuda")
 
 
 @pytest.mark.parametrize("policy, where, bad", checks.UNKNOWN)

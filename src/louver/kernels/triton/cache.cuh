@@ -9,6 +9,28 @@ __device__ __forceinline__ float2 unpack(u32 x) {  // two stored elements
 #endif
 }
 
+__device__ __forceinline__ u32 pack_stored(float a, float b) {  // two elements as they are stored
+#if BF16
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(b), "f"(a));
+    return r;
+#else
+    return pack(a, b);
+#endif
+}
+__device__ __forceinline__ void stored_mma(float c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    mma(c, a0, a1, a2, a3, b0, b1);
+#endif
+}
+// Into the L2, for a kernel to come: a row by WARM_PIECES calls, each of a line.
+#define WARM_PIECES (D > 64 ? D / 64 : 1)
+__device__ __forceinline__ void warm(const u16* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 struct Place {  // where a cache's tokens lie: strides in elements, pages through a table
     const u16* data;
     i64 page, head, token;

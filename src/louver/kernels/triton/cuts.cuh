@@ -7,6 +7,25 @@ struct Rule {                           // louver.protocols.CutRule, with the sh
 
 __device__ __forceinline__ int padded(int bin) { return bin + bin / 32; }  // a word more after every 32: no two lanes in a bank
 
+// The histograms of a KV head's group: read, all pieces at once, and put where make_cuts finds them. By all THREADS of a CTA.
+#define BIN_PIECES(threads) ((G * BINS / 4 + (threads) - 1) / (threads))
+template <int THREADS> __device__ __forceinline__ void read_bins(const int* hist, int4 (&some)[BIN_PIECES(THREADS)]) {
+#pragma unroll
+    for (int j = 0; j < BIN_PIECES(THREADS); ++j) {
+        const int i = threadIdx.x + j * THREADS;
+        if (i < G * BINS / 4) some[j] = __ldcg((const int4*)hist + i);
+    }
+}
+template <int THREADS> __device__ __forceinline__ void pad_bins(const int4 (&some)[BIN_PIECES(THREADS)], int (*bins)[BINS + 32]) {
+#pragma unroll
+    for (int j = 0; j < BIN_PIECES(THREADS); ++j) {
+        const int i = threadIdx.x + j * THREADS, bin = 4 * i % BINS;
+        if (i >= G * BINS / 4) break;
+        int* to = bins[4 * i / BINS] + bin + bin / 32;
+        to[0] = some[j].x, to[1] = some[j].y, to[2] = some[j].z, to[3] = some[j].w;
+    }
+}
+
 // Of bins from base_code upwards, and what was found below them; cuts[0] = code from which a key is exact, cuts[1] = and read.
 __device__ __forceinline__ void make_cuts(
     const int* mine_bins, int base_code, float origin, float mass_below, float mass_kept, int length, float scale, const Rule& rule,

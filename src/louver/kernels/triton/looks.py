@@ -34,7 +34,7 @@ from louver.protocols import CutRule
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
 from louver.sketch.layout import Sketch
 
-BOUNDS = CutRule(drop=False)  # makes the scan count upper bounds; the cuts it resolves are not used
+BOUNDS = CutRule(drop=False)  # makes the scan count upper bounds; in Triton it also resolves cuts, which are not used
 KEPT = CutRule(drop=True)
 FLOOR = (0.9, 4.0)  # bounds are counted from so many nats below this share of the centers on
 RESERVE = 2.0**-7  # of what may be dropped: for the roundings that a certificate allows for once more
@@ -91,7 +91,7 @@ def attend_in_looks(
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
     if native_scan:
         native.prepare(plan, x, FLOOR, True)
-        native.scan(plan, x, sinks, recent, False)
+        native.scan(plan, x, sinks, recent)
     else:
         step.scan(plan, x, sinks, recent, False, scans, False)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT

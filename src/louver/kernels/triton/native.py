@@ -20,8 +20,10 @@ from louver.sketch.layout import Sketch
 
 SLICES = {64: 1, 128: 2, 256: 4}  # head dimension -> radii per key
 CTAS_PER_MULTIPROCESSOR = 2
+LIST_CTAS_PER_MULTIPROCESSOR = 4
 SCORE_CTAS_PER_MULTIPROCESSOR = 3
 NUM_BINS = 1024  # of the histogram kept per query head (BINS in common.cuh)
+WARM_ELEMENTS = 1 << 28  # of keys, up to which list.cu and score.cu ask for what comes next: beyond, it costs more
 METRICS = {"identity": 2, "frame": 1, "diagonal": 0}
 QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -62,6 +64,10 @@ def _choice(plan: Plan) -> tuple[c_longlong, c_longlong, c_int]:
     return c_longlong(share), c_longlong(tolerance), c_int(need)
 
 
+def _rule(plan: Plan) -> tuple[c_longlong | c_int | c_float, ...]:
+    return *_choice(plan), c_float(plan.choice[3]), c_float(plan.choice[4])
+
+
 def _scan_warps(plan: Plan, ctas: int) -> int:
     """Warps of a CTA of scan.cu: more where one block each then does for a KV head."""
     if plan.group > 4:
@@ -79,7 +85,7 @@ def _tiers_warps(plan: Plan, ctas: int) -> int:
 def _scan_memory(plan: Plan, warps: int, ahead: int) -> int:
     """Bytes of shared memory of a CTA of scan.cu (struct Shared)."""
     dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
-    fixed = 1024 + -(-group // 4) * dims * 32 + group * (4 * NUM_BINS + 128) + 16
+    fixed = 1024 + -(-group // 4) * dims * 32 + group * 4 * NUM_BINS
     frames = 2 * (3 * dims + length * slices + 16)
     return fixed + warps * (group * (length + 8) * 2 + frames + ahead * 8 * dims)
 
@@ -107,53 +113,77 @@ def prepare(plan: Plan, x: Tensor, floor: tuple[float, float], ranked: bool) -> 
         (plan.rows * plan.group, 1),
         128,
         [
-            x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.finished, w.masses,
-            w.below, *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, *floor)),
+            x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.masses, w.below,
+            *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, *floor)),
         ],
     )  # fmt: skip
 
 
-def scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool) -> None:
-    """Leave upper bounds and reach of every closed key, and this step's cuts, in the workspace."""
+def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
+    """Leave upper bounds and reach of every closed key, and histograms of the bounds, in the workspace."""
     w, sketch = plan.workspace, plan.sketch
     most = max(1, NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // plan.rows)
     warps = _scan_warps(plan, most)
     splits = max(1, min(-(-sketch.capacity // warps), most))
     ahead = _deepest(plan, (8, 4), _scan_memory, warps)
-    *_, tau, unread_mass = plan.choice
+    # No third CTA on a multiprocessor: the grid is two each, and a third would be another's second.
+    for_two = _shared_memory(plan.keys.get_device()) // (CTAS_PER_MULTIPROCESSOR + 1)
+    memory = max(_scan_memory(plan, warps, ahead), for_two)
     slack = quantized_query_slack(sketch.dims)
     runtime.launch(
         _kernel(
-            "scan.cu", "scan", plan, "cuts.cuh", FRAME=METRICS[sketch.config.metric], KEEP_BEST=int(keep_best), Q=QUERIES[x.dtype],
-            WARPS=warps, AHEAD=ahead,
+            "scan.cu", "scan", plan, FRAME=METRICS[sketch.config.metric], Q=QUERIES[x.dtype], WARPS=warps, AHEAD=ahead,
         ),
         (plan.rows, splits),
         warps * 32,
         [
             x, sketch.key_codes, sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
-            plan.scales, sketch.query_weight, *plan.place, w.low, w.floor, w.upper, w.reach, w.hist, w.masses, w.finished,
-            w.cuts, w.tau, *map(c_int, (plan.num_kv_heads, sketch.capacity, sinks, recent)),
-            *map(c_float, (plan.scale, *slack, plan.rounding[3])), *_choice(plan), c_float(tau), c_float(unread_mass),
+            plan.scales, sketch.query_weight, *plan.place, w.low, w.floor, w.upper, w.reach, w.hist, w.masses,
+            *map(c_int, (plan.num_kv_heads, sketch.capacity, sinks, recent)), *map(c_float, (plan.scale, *slack, plan.rounding[3])),
         ],
-        shared_bytes=_scan_memory(plan, warps, ahead),
+        shared_bytes=memory,
         early=True,
     )  # fmt: skip
 
 
-def list_keys(plan: Plan) -> None:
-    """List what reaches the cuts."""
+def _exact_cache(plan: Plan) -> list[Tensor | c_longlong | c_int]:
+    """Keys and values as kernels take them: pointers, the table of pages, strides, tokens of a page."""
+    keys, values, table = plan.keys, plan.values, plan.block_table
+    strides = (*keys.stride()[:3], *values.stride()[:3], 0 if table is None else table.stride(0))
+    return [keys, values, keys if table is None else table, *map(c_longlong, strides), c_int(keys.shape[2])]
+
+
+def _cache(plan: Plan) -> dict[str, int]:
+    return {"BF16": int(plan.keys.dtype == torch.bfloat16), "PAGED": int(plan.block_table is not None)}
+
+
+def _warm(plan: Plan) -> int:
+    """What of a listed key list.cu asks for into the L2: 1 its key, 3 its value too, 0 nothing (a cache too long, or behind the bus)."""
+    elements = plan.rows * plan.sketch.capacity * plan.sketch.config.frame_len * plan.sketch.dims
+    if elements > WARM_ELEMENTS or not serves_cache(plan.keys, plan.values) or runtime.in_host_memory(plan.keys):
+        return 0
+    return 3 if plan.fixed else 1
+
+
+def list_keys(plan: Plan, keep_best: bool) -> None:
+    """Make this step's cuts, and list what reaches them."""
     w, sketch = plan.workspace, plan.sketch
     per_step = 512 // sketch.config.frame_len
     steps = -(-sketch.capacity // per_step)
-    steps_each = 4 if steps * plan.rows > 4 * NUM_MULTIPROCESSORS * 8 else 1
-    splits = max(1, -(-steps // steps_each))
+    wanted = LIST_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS
+    chunk = next((c for c in (1, 2) if steps * plan.rows <= wanted * c), 4)
+    turns = max(1, min(4, -(-steps * plan.rows // (wanted * chunk))))
+    splits = max(1, -(-steps // (chunk * turns)))
     runtime.launch(
-        _kernel("list.cu", "list_keys", plan, STEPS_EACH=steps_each),
+        _kernel(
+            "list.cu", "list_keys", plan, "cuts.cuh", "cache.cuh", CHUNK=chunk, TURNS=turns, KEEP_BEST=int(keep_best),
+            WARM=_warm(plan), **_cache(plan),
+        ),
         (plan.rows, splits),
         256,
         [
-            w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, w.listed, w.counters, w.below,
-            *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
+            w.upper, sketch.value_spread, *plan.place, w.hist, w.floor, w.low, w.cuts, w.tau, w.listed, w.counters, w.below,
+            *_exact_cache(plan), *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale), *_rule(plan),
         ],
         early=True,
     )  # fmt: skip
@@ -163,24 +193,26 @@ def _tiers_memory(plan: Plan, warps: int, ahead: int) -> int:
     """Bytes of shared memory of a CTA of tiers.cu (struct Shared)."""
     dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
     block = group * (2 * length + 32) + length * slices + 3 * dims + -(-(slices + 2) * group * 4 // 16) * 16 + 16
-    return 1024 + warps * (4 * group * (dims + 36) + 28 * group + 3 * block + ahead * 8 * dims)
+    out = 4 * group * max(warps * (dims + 36), NUM_BINS + 32)  # before, the histograms
+    return 1024 + out + 12 * group + 16 + warps * (28 * group + 3 * block + ahead * 8 * dims)
 
 
 def tiers(plan: Plan, splits: int) -> None:
-    """List the exact keys and attend the others through the sketch."""
+    """Make this step's cuts, list the exact keys and attend the others through the sketch."""
     w, sketch = plan.workspace, plan.sketch
     frames = sketch.value_frames
     assert frames is not None, "a policy that drops nothing needs sketched values"
     warps = _tiers_warps(plan, splits)
     ahead = _deepest(plan, (4,), _tiers_memory, warps)
     runtime.launch(
-        _kernel("tiers.cu", "tiers", plan, WARPS=warps, AHEAD=ahead),
+        _kernel("tiers.cu", "tiers", plan, "cuts.cuh", WARPS=warps, AHEAD=ahead, KEEP_BEST=0),
         (plan.rows, splits),
         warps * 32,
         [
             w.upper, w.reach, sketch.key_radius, frames.codes, frames.center, frames.scale, frames.error,
-            sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
-            *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)),
+            sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.hist, w.floor, w.masses, *plan.place[1:], w.cuts, w.tau, w.listed,
+            w.counters, w.tier_out, w.tier_sums, *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale),
+            *_rule(plan),
         ],
         shared_bytes=_tiers_memory(plan, warps, ahead),
         early=True,
@@ -188,7 +220,7 @@ def tiers(plan: Plan, splits: int) -> None:
 
 
 def serves_cache(keys: Tensor, values: Tensor) -> bool:
-    """Whether score.cu and attend.cu can read keys and values, 16 bytes at a time."""
+    """Whether keys and values can be read 16 bytes at a time."""
     return all(
         x.dtype in (torch.float16, torch.bfloat16)
         and x.stride(3) == 1
@@ -198,24 +230,18 @@ def serves_cache(keys: Tensor, values: Tensor) -> bool:
     )
 
 
-def _cache(plan: Plan) -> dict[str, int]:
-    return {"BF16": int(plan.keys.dtype == torch.bfloat16), "PAGED": int(plan.block_table is not None)}
-
-
 def score(plan: Plan, slack_share: float) -> None:
     """Score the list and the open block, and count the scores. ``slack_share``: of |q| |k|, what a score may be off by."""
-    w, keys, table = plan.workspace, plan.keys, plan.block_table
+    w = plan.workspace
     splits = max(
         1, min(-(-w.list_scores.shape[1] // 16), SCORE_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS // plan.rows)
     )
     runtime.launch(
-        _kernel("score.cu", "score", plan, "cache.cuh", **_cache(plan)),
+        _kernel("score.cu", "score", plan, "cache.cuh", WARM=_warm(plan), **_cache(plan)),
         (plan.rows, splits),
         256,
         [
-            w.query, keys, keys if table is None else table,
-            *map(c_longlong, (*keys.stride()[:3], 0 if table is None else table.stride(0))), c_int(keys.shape[2]), *plan.place,
-            w.low, w.cuts, w.listed, w.counters, w.list_scores, w.list_slacks, w.rank_hist,
+            w.query, *_exact_cache(plan), *plan.place, w.low, w.cuts, w.listed, w.counters, w.list_scores, w.list_slacks, w.rank_hist,
             *map(c_int, (plan.num_kv_heads, plan.room)), *map(c_float, (plan.scale, slack_share)),
         ],
         early=True,
@@ -224,15 +250,13 @@ def score(plan: Plan, slack_share: float) -> None:
 
 def attend(plan: Plan, splits: int, slack_share: float, mask: Tensor | None) -> None:
     """Raise tau to the rank-th best score, and attend what reaches it exactly."""
-    w, keys, values, table = plan.workspace, plan.keys, plan.values, plan.block_table
+    w = plan.workspace
     runtime.launch(
         _kernel("attend.cu", "attend", plan, "cache.cuh", **_cache(plan)),
         (plan.rows, splits),
         256,
         [
-            w.query, keys, values, keys if table is None else table,
-            *map(c_longlong, (*keys.stride()[:3], *values.stride()[:3], 0 if table is None else table.stride(0))),
-            c_int(keys.shape[2]), *plan.place, w.low, w.cuts, w.tau, w.raised, w.rank_hist, w.listed, w.list_scores, w.list_slacks,
+            w.query, *_exact_cache(plan), *plan.place, w.low, w.cuts, w.tau, w.raised, w.rank_hist, w.listed, w.list_scores, w.list_slacks,
             w.counters, w.exact_out, w.exact_sums, c_void_p(0) if mask is None else mask,
             c_longlong(0 if mask is None else mask.stride(1)), *map(c_int, (plan.num_kv_heads, plan.room)),
             *map(c_float, (plan.scale, slack_share, 2.0**-20)), *_choice(plan),
@@ -253,7 +277,7 @@ def finish(
     runtime.launch(
         _kernel("finish.cu", "finish", plan, OUT=QUERIES[result[0].dtype]),
         (plan.rows * plan.group, 1),
-        128,
+        256,
         [
             w.exact_out, w.exact_sums, w.tier_out, w.tier_sums, w.low, w.cuts, tau, w.below, plan.sketch.value_mean, w.counters,
             *plan.place, *result, *map(c_int, (plan.num_kv_heads, plan.room, *splits)), *map(c_float, rounding),

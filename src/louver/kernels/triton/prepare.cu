@@ -9,27 +9,29 @@
 extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     const void* __restrict__ q, const u16* __restrict__ center, const int* __restrict__ num_blocks, float* __restrict__ low,
     int* __restrict__ floor_code, float* __restrict__ query, int* __restrict__ hist, int* __restrict__ rank_hist,
-    int* __restrict__ counters, int* __restrict__ finished, float* __restrict__ masses, float* __restrict__ below,
+    int* __restrict__ counters, float* __restrict__ masses, float* __restrict__ below,
     int num_kv_heads, int capacity, float scale, float floor_share, float spare) {
     __shared__ float logits[SAMPLE];
     const int id = blockIdx.x, pid = id / G, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    let_next_start();                   // the scan asks for its first codes meanwhile
     const int blocks = num_blocks[pid / num_kv_heads], taken = min(blocks, SAMPLE);
     float2 x[D / 64];
 #pragma unroll
     for (int h = 0; h < D / 64; ++h) {
         const i64 at = (i64)id * D + 2 * (lane + 32 * h);
         x[h] = make_float2(query_at(q, at), query_at(q, at + 1));
-        if (warp == 0) ((float2*)(query + (i64)id * D))[lane + 32 * h] = x[h];
     }
     u32 sampled[EACH][D / 64];           // all on their way at once
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
-        const int i = warp * EACH + j, at = i < taken ? (int)((u32)i * (u32)blocks / (u32)taken) : 0;
+        const int i = warp * EACH + j, at = i >= taken ? 0 : blocks < SAMPLE ? i : (int)((u32)i * (u32)blocks / SAMPLE);
         const u32* z = (const u32*)(center + ((i64)pid * capacity + at) * D) + lane;
 #pragma unroll
         for (int h = 0; h < D / 64; ++h) sampled[j][h] = z[32 * h];
     }
+    let_next_start();                   // the scan asks for its first codes meanwhile: megabytes, behind what was asked for here
+    if (warp == 0)
+#pragma unroll
+        for (int h = 0; h < D / 64; ++h) ((float2*)(query + (i64)id * D))[lane + 32 * h] = x[h];
     float dot[EACH];
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
@@ -40,12 +42,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     const float sum = sum_apart<EACH, 32>(dot, lane);
     if (lane % (32 / EACH) == 0) logits[warp * EACH + lane / (32 / EACH)] = sum * scale;
     int4* counted = (int4*)(hist + id * BINS);
-    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) counted[i] = make_int4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < BINS / 4; i += THREADS) counted[i + threadIdx.x] = make_int4(0, 0, 0, 0);
     int4* ranks = (int4*)(rank_hist + id * RANK_BINS);
     if (RANKS)
-        for (int i = threadIdx.x; i < RANK_BINS / 4; i += THREADS) ranks[i] = make_int4(0, 0, 0, 0);
+#pragma unroll
+        for (int i = 0; i < RANK_BINS / 4; i += THREADS) ranks[i + threadIdx.x] = make_int4(0, 0, 0, 0);
     if (id % G == 0 && threadIdx.x < COUNTERS) counters[pid * COUNTERS + threadIdx.x] = 0;
-    if (id % G == 0 && threadIdx.x == 0) finished[pid] = 0;
     if (threadIdx.x < 2) masses[2 * id + threadIdx.x] = 0.0f;
     if (threadIdx.x == 2) below[id] = 0.0f;
     __syncthreads();

@@ -1,12 +1,12 @@
-// The scan and the cuts of one decode step in CUDA C++, compiled at run time; scan.py and resolve.py are its twins in
-// Triton.
+// The scan of one decode step in CUDA C++, compiled at run time: bounds, and histograms of them; the twin of scan.py and of the counting in
+// resolve.py. The cuts are made by the kernel that needs them (cuts.cuh).
 //
 // A warp takes a block of keys. The query, scaled by the block's frame, is rounded to 16-bit integers whose high and low bytes are two
 // columns of an m16n8k32 product of bytes: column 2 h is the high byte of head h, 2 h + 1 its low byte, so that a lane holds both sums of
 // its head and joins them exactly. One AND makes an operand of codes; high nibbles count 16 times. Codes reach a lane through a queue of
 // its own in shared memory, AHEAD tiles deep, by asynchronous copies of exactly the bytes that the lane itself reads: no lane waits for
 // another. Frames and radii are copied one block ahead, and shared by the warp.
-// Macros: D, G, L, S, FRAME, DROP, FIXED, KEEP_BEST, Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
+// Macros: D, G, L, S, FRAME, DROP, Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
 #define W (D / 32)                         // 32-bit words of codes per lane and key
 #define TILES (L / 16)
 #define PLANES ((G + 3) / 4)               // groups of four heads
@@ -27,11 +27,10 @@ __device__ __forceinline__ void product(int c[4], u32 a0, u32 a1, u32 a2, u32 a3
 struct Shared {
     float table[256];
     float2 query[PLANES][CHANNELS][32];    // q, and q^2 times the metric's weight, as lanes read them
-    int bins[G][BINS + 32];                // BINS while counting; when the cuts are made, a word more after every 32
+    int bins[G][BINS];
     u16 staged[WARPS][G][STAGED];
     u8 frames[WARPS][2][FRAME_BYTES];
     u8 codes[WARPS][AHEAD][TILE_BYTES];
-    int last;
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
@@ -39,9 +38,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     const u8* __restrict__ radius, const float* __restrict__ unit, const float* __restrict__ scales,
     const float* __restrict__ weight, const int* __restrict__ num_blocks, const int* __restrict__ kv_start,
     const int* __restrict__ kv_len, const float* low, const int* floor_code, short* __restrict__ upper, float* __restrict__ reach,
-    int* hist, float* masses, int* finished, int* __restrict__ cuts, float* __restrict__ tau, int num_kv_heads, int capacity,
-    int sinks, int recent, float scale, float slack_scaled, float slack_centered,
-    float slack_fixed, float inflation, i64 share, i64 tolerance, int count, float fixed_tau, float unread_mass) {
+    int* hist, float* masses, int num_kv_heads, int capacity, int sinks, int recent, float scale, float slack_scaled,
+    float slack_centered, float slack_fixed, float inflation) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
     const int pid = blockIdx.x, row = pid / num_kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -102,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         const float x = xs[j];
         s.query[g / 4][c % CHANNELS][((g % 4) * 2 + h) * 4 + c / CHANNELS] = make_float2(x, x * x * us[j]);
     }
-    for (int i = threadIdx.x; i < G * (BINS + 32); i += THREADS) s.bins[0][i] = 0;
+    for (int i = threadIdx.x; i < G * BINS; i += THREADS) s.bins[0][i] = 0;
     __syncthreads();
     awaited();                             // where the grid lies, and clear histograms
     const float k = scale * STEPS;
@@ -319,40 +317,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     }
     let_next_start();
     __syncthreads();
-    for (int i = threadIdx.x; i < G * BINS; i += THREADS) {
-        const int n = s.bins[i / BINS][i % BINS];
-        if (n) atomicAdd(&hist[pid * G * BINS + i], n);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        s.last = atomicAdd(&finished[pid], 1) == (int)gridDim.y - 1;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!s.last) return;
-
-    // The cuts: a warp per query head reads its rule off the histogram, PER bins a lane.
-    const int4* const counted = (const int4*)(hist + pid * G * BINS);
-    constexpr int PIECES = G * BINS / 4;
-    int4 some[(PIECES + THREADS - 1) / THREADS];
+    // Handed on, all that a thread reads at once.
+    constexpr int OWN_BINS = (G * BINS + THREADS - 1) / THREADS;
+    int counted[OWN_BINS];
 #pragma unroll
-    for (int j = 0; j < (PIECES + THREADS - 1) / THREADS; ++j) {
+    for (int j = 0; j < OWN_BINS; ++j) {
         const int i = threadIdx.x + j * THREADS;
-        if (i < PIECES) some[j] = __ldcg(counted + i);
+        counted[j] = i < G * BINS ? s.bins[0][i] : 0;
     }
 #pragma unroll
-    for (int j = 0; j < (PIECES + THREADS - 1) / THREADS; ++j) {
-        const int i = threadIdx.x + j * THREADS, bin = 4 * i % BINS;
-        if (i >= PIECES) break;
-        int* to = s.bins[4 * i / BINS] + bin + bin / 32;
-        to[0] = some[j].x, to[1] = some[j].y, to[2] = some[j].z, to[3] = some[j].w;
-    }
-    __syncthreads();
-    for (int g = warp; g < G; g += WARPS) {
-        const int id = pid * G + g;
-        const float mass_below = DROP ? 0.0f : __ldcg(masses + id * 2), mass_kept = DROP ? 0.0f : __ldcg(masses + id * 2 + 1);
-        const Rule rule = {share, tolerance, count, fixed_tau, unread_mass};
-        make_cuts(s.bins[g], floor_code[id], low[id], mass_below, mass_kept, length, scale, rule, cuts + id * 2, tau + id);
-    }
+    for (int j = 0; j < OWN_BINS; ++j)
+        if (counted[j]) atomicAdd(&hist[pid * G * BINS + threadIdx.x + j * THREADS], counted[j]);
 }

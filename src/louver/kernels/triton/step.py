@@ -8,7 +8,7 @@
     exact     attend the list and the open block exactly               (kv heads, splits)
     finish    merge, certificate                                       one program per query head
 
-In CUDA scan and resolve are one launch (scan.cu).
+In CUDA the scan counts, too, and every program of tiers reads the cuts off the histograms: there is no resolve.
 
 A list that overflows its room (plan.py) makes its KV head dense, in ``exact``, on the device. Below ``crossover`` tokens the step is dense.
 """
@@ -117,7 +117,7 @@ def step(
     native_scan = native.serves_scan(q, sketch, group)
     scans = native.num_ctas(rows, -(-capacity // 8)) if native_scan else num_splits(rows, capacity, 8)
     ranked = rule.drop and rule.tau is None
-    native_attend = ranked and native_scan and native.serves_cache(keys, values)
+    native_attend = ranked and native_scan and native.serves_cache(keys, values) and q.dtype == keys.dtype
     most = -(-longest // 64)
     exacts = native.num_ctas(rows, most) if native_attend else num_splits(rows, most, 4)
     plan = plan_for(q, keys, values, sketch, rule, (kv_start, kv_len), softmax_scale, block_table, scans, exacts)
@@ -126,7 +126,7 @@ def step(
     if native_scan:
         floor = _floor(rule, max(1, rule.count) / max(1, longest))
         native.prepare(plan, x, floor, ranked)
-        native.scan(plan, x, sinks, recent, keep_best)
+        native.scan(plan, x, sinks, recent)
     else:
         scan(plan, x, sinks, recent, keep_best, scans, ranked)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
@@ -135,7 +135,7 @@ def step(
     if not native_scan:
         sort(plan, scans)
     elif rule.drop:
-        native.list_keys(plan)
+        native.list_keys(plan, keep_best)
     else:
         native.tiers(plan, scans)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

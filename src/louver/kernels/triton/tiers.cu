@@ -1,4 +1,4 @@
-// Nothing dropped: list the exact keys, attend every other closed key with its estimated weight and sketched value; the twin of
+// Nothing dropped: make this step's cuts (every CTA does, as in list.cu), list the exact keys, attend every other closed key with its estimated weight and sketched value; the twin of
 // tiers_kernel, with the same sums. A warp takes a block. Values are the first operand of an m16n8k16 product (channels x keys), weights
 // the second: a byte of codes from each of two keys makes two operands with one AND each. A lane computes the weights of one query
 // head, so the certificate's sums stay in its registers.
@@ -18,7 +18,7 @@
 #define BYTE_ZERO 32768.0f              // a byte in the second byte of this float's bits adds its value: conversions are few a clock
 #define HALF_ZERO 8388608.0f            // 2^23: so does a half in its low bits
 
-struct Block {                          // what decides and weighs a block's keys, and the frame of its values
+struct __align__(16) Block {            // what decides and weighs a block's keys, and the frame of its values
     u8 upper[G][ROW];
     u8 radius[L * S];
     u8 center[2 * D];
@@ -28,7 +28,12 @@ struct Block {                          // what decides and weighs a block's key
 };
 struct Shared {
     float table[256];
-    float out[WARPS][G][OUT_ROW];          // by half, channel of a lane, and lane: no two of a warp's lanes meet in a bank
+    union {
+        float out[WARPS][G][OUT_ROW];      // by half, channel of a lane, and lane: no two of a warp's lanes meet in a bank
+        int bins[G][BINS + 32];            // before: to make the cuts of
+    };
+    int cuts[G][2];
+    float taus[G];
     float sums[WARPS][G][7];
     Block blocks[WARPS][3];
     u32 values[WARPS][AHEAD][4][32][W];
@@ -38,49 +43,69 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     const u8* upper, const u8* reach, const u8* __restrict__ radius, const u8* __restrict__ value_codes,
     const u8* __restrict__ value_center, const u8* __restrict__ value_scale, const float* __restrict__ value_error,
     const float* __restrict__ value_spread, const float* __restrict__ scales, const int* __restrict__ num_blocks, const float* low,
-    const int* cuts, int* __restrict__ listed, int* counters, float* __restrict__ part_out, float* __restrict__ part_sums,
-    int num_kv_heads, int capacity, int room) {
+    const int* hist, const int* floor_code, const float* masses, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
+    int* __restrict__ cuts, float* __restrict__ tau, int* __restrict__ listed, int* counters, float* __restrict__ part_out,
+    float* __restrict__ part_sums, int num_kv_heads, int capacity, int room, float scale, i64 share, i64 tolerance, int count,
+    float fixed_tau, float unread_mass) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
     const int pid = blockIdx.x, row = pid / num_kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int r = lane / 4, t = lane % 4;
     const int blocks = num_blocks[row], stride = gridDim.y * WARPS;
     int b = blockIdx.y * WARPS + warp;
-    auto fetch_block = [&](int block, int slot) {
+    auto fetch_frame = [&](int block, int slot) {   // of a block, what no kernel of the step writes
         const i64 at = (i64)pid * capacity + block;
         Block& to = s.blocks[warp][slot];
         auto pieces = [&](u8* into, const u8* from, int bytes) {
             for (int i = lane; i < bytes / 16; i += 32) copy_async<16>(into + 16 * i, from + 16 * i);
         };
-#pragma unroll
-        for (int i = lane; i < G * L / 8; i += 32)
-            copy_async<16>(&to.upper[i / (L / 8)][16 * (i % (L / 8))], upper + at * G * L * 2 + 16 * i);
         pieces(to.radius, radius + at * L * S, L * S);
         pieces(to.center, value_center + at * 2 * D, 2 * D);
         pieces(to.scale, value_scale + at * D, D);
-        for (int i = lane; i < REACH / 4; i += 32) copy_async<4>(to.reach + 4 * i, reach + at * REACH + 4 * i);
         if (lane == 0) copy_async<4>(&to.spread, value_spread + at);
         if (lane == 1) copy_async<4>(&to.error, value_error + at);
     };
+    auto fetch_bounds = [&](int block, int slot) {
+        const i64 at = (i64)pid * capacity + block;
+        Block& to = s.blocks[warp][slot];
+#pragma unroll
+        for (int i = lane; i < G * L / 8; i += 32)
+            copy_async<16>(&to.upper[i / (L / 8)][16 * (i % (L / 8))], upper + at * G * L * 2 + 16 * i);
+        for (int i = lane; i < REACH / 4; i += 32) copy_async<4>(to.reach + 4 * i, reach + at * REACH + 4 * i);
+    };
+    if (b < blocks) fetch_frame(b, 0);
+    if (b + stride < blocks) fetch_frame(b + stride, 1);
     for (int i = threadIdx.x; i < 256; i += WARPS * 32) s.table[i] = scales[i];
-    for (int i = lane; i < G * OUT_ROW; i += 32) s.out[warp][0][i] = 0.0f;
+    const int length = kv_len[row] - kv_start[row];
     awaited();
     let_next_start();
-    if (b < blocks) fetch_block(b, 0);
+    int4 some[BIN_PIECES(WARPS * 32)];
+    read_bins<WARPS * 32>(hist + pid * G * BINS, some);
+    if (b < blocks) fetch_bounds(b, 0);
     commit();
-    if (b + stride < blocks) fetch_block(b + stride, 1);
+    if (b + stride < blocks) fetch_bounds(b + stride, 1);
     commit();
+
+    pad_bins<WARPS * 32>(some, s.bins);
+    __syncthreads();
+    for (int g = warp; g < G; g += WARPS) {
+        const int id = pid * G + g;
+        const Rule rule = {share, tolerance, count, fixed_tau, unread_mass};
+        make_cuts(s.bins[g], floor_code[id], low[id], masses[id * 2], masses[id * 2 + 1], length, scale, rule, s.cuts[g], s.taus + g);
+        if (blockIdx.y == 0 && lane == 0) cuts[id * 2] = s.cuts[g][0], cuts[id * 2 + 1] = s.cuts[g][1], tau[id] = s.taus[g];
+    }
+    __syncthreads();
+    for (int i = lane; i < G * OUT_ROW; i += 32) s.out[warp][0][i] = 0.0f;
 
     int* mine = counters + pid * COUNTERS;
     const int head = PAIRED ? r % 4 : r, sub = PAIRED ? r / 4 : 0;
     const bool real = head < G;
     const int id = pid * G + (real ? head : 0);
-    const int cut = cuts[id * 2] - SIGNED, readable = cuts[id * 2 + 1] - SIGNED;    // as codes are stored
+    const int cut = s.cuts[real ? head : 0][0] - SIGNED, readable = s.cuts[real ? head : 0][1] - SIGNED;    // as codes are stored
     const float hidden = 2.002f / STEPS + (fabsf(low[id]) + 64.0f) * 0x1p-19f;
     const int mine0 = 2 * (PAIRED ? t % 2 : t);                  // heads of this lane's results
     float total = 0.0f, floors = 0.0f, unread = 0.0f, surplus = 0.0f, spread = 0.0f, error = 0.0f, apart = 0.0f;
     int num_coarse = 0, num_value_blocks = 0;
-    __syncthreads();
 
     // Which keys are exact for some head, and which are read by some head: four bits a step and lane, keys 4 t ... 4 t + 3.
     auto decide = [&](const Block& of, int block, u32& exact, u32& live) {
@@ -145,7 +170,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
         __syncwarp();
         u32 next_exact = 0, next_live = 0;
         if (next < blocks) decide(s.blocks[warp][slot == 2 ? 0 : slot + 1], next, next_exact, next_live);
-        if (next + stride < blocks) fetch_block(next + stride, slot == 0 ? 2 : slot - 1);  // joins the group of the next step
+        if (next + stride < blocks) {   // joins the group of the next step
+            fetch_frame(next + stride, slot == 0 ? 2 : slot - 1);
+            fetch_bounds(next + stride, slot == 0 ? 2 : slot - 1);
+        }
 
         const float* reached = (const float*)here_block.reach + (real ? head : 0);
         // In steps of log2: half-width = base + sum of codes times factors, weight = 2^(at code - half-width).
