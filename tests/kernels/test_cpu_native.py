@@ -59,6 +59,25 @@ def test_every_instruction_set_bounds_and_attends(isa, head_dim, group_size, dty
         assert within_certificate(case, result).all(), policy
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_an_estimate_far_above_every_score_takes_no_weight_away(isa, seed):
+    generator = torch.Generator().manual_seed(seed)
+    keys = 400 * torch.randn(1, 1, 512, 64, generator=generator)
+    values, q = torch.randn(1, 1, 512, 64, generator=generator), 4 * torch.randn(1, 3, 64, generator=generator)
+    q[0, 1] *= 0.001
+    keys[0, 0, ::128] *= 8  # frames so wide that codes say little
+    index = SketchIndex.build(keys, values, backend="cpu")
+    result = attend(q, index, policy="exact:0.01+unread:0.1", keep_best=True, record=True)
+    store, scores = index.store, q.double() @ keys[0].double().mT
+    bounds = get_ops("cpu").bounds(q, keys, index.sketch, store.kv_start, store.kv_len, 0.125)
+    best = scores.masked_fill(~result.exact_mask, -torch.inf).amax(-1)
+    assert (0.125 * (bounds.estimate.amax(-1) - best)).max() > 50
+    truth = torch.softmax(scores / 8, -1) @ values[0].double()
+    error = (truth - result.out.double()).norm(dim=-1)
+    assert (error <= result.certificate.double() + result.arithmetic_bound).all()
+    torch.testing.assert_close(result.lse.double(), (scores / 8).logsumexp(-1), rtol=1e-5, atol=0)
+
+
 def test_half_precision_subnormals_are_read_where_float32_ones_are_flushed(isa):
     """torch.set_flush_denormal(True) makes the thread read float32 subnormals as zero; a subnormal float16 number is none."""
     case = build_case(1, kv_len=40, batch=1, dtype=torch.float16)
