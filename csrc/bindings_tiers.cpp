@@ -108,20 +108,40 @@ void tighten(const Array& q, const Array& keys, const Lengths& kv_start, const L
                   static_cast<int64_t>(known.shape(2)), num_threads);
 }
 
-// away, allowed, exact and unread float32 [batch, num_q_heads].
-void settle(const Sketch& sketch, float softmax_scale, const Array& estimate, const Array& half_width,
-            const Array& undecided, const std::vector<MaybeArray>& summary, const Array& away, const Array& allowed,
-            int64_t exact_bytes, int64_t coarse_bytes, const Array& exact, const Array& unread, int num_threads,
-            const std::string& isa) {
-    const BoundsView bounds = bounds_of(estimate, half_width, undecided);
-    Problem problem;
-    problem.batch = static_cast<int64_t>(estimate.shape(0)), problem.num_q_heads = estimate.shape(1);
-    problem.num_kv_heads = undecided.shape(1), problem.softmax_scale = softmax_scale;
-    const SummaryView view = summary_of(summary);
+// bytes: int64 [kNumCounts]; more_bytes: int64 [batch, num_kv_heads].
+void attend_within(const Sketch& sketch, const Array& q, const Array& keys, const Array& values,
+                   const Lengths& kv_start, const Lengths& kv_len, const MaybeArray& block_table, float softmax_scale,
+                   double first_share, float error, int64_t sinks, int64_t recent, const std::vector<int64_t>& bytes,
+                   const Array& out, const Array& evidence, const Array& counts, const MaybeArray& exact_mask,
+                   const Array& more_bytes, int num_threads, const std::string& isa) {
+    const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
+    require(sketch.view.coded_values, "a step that drops nothing needs sketched values");
+    require(bytes.size() == kNumCounts, "bytes are of each count");
+    Rule first;
+    first.share = first_share, first.sinks = sinks, first.recent = recent;
+    const Asked asked{error, bytes.data(), data<int64_t>(more_bytes)};
+    const StepOutput output = output_of(problem, out, evidence, counts, exact_mask);
     const KernelTable& table = kernels(isa);
     nb::gil_scoped_release release;
-    table.settle(problem, sketch.view, bounds, view, data<const float>(away), data<const float>(allowed), exact_bytes,
-                 coarse_bytes, data<float>(exact), data<float>(unread), num_threads);
+    table.attend_within(problem, sketch.view, first, asked, output, num_threads);
+}
+
+// asked_values: (share of the mass, sinks, recent, keep_best); bytes: int64 [kNumCounts].
+void attend_mass(const Sketch& sketch, const Array& q, const Array& keys, const Array& values, const Lengths& kv_start,
+                 const Lengths& kv_len, const MaybeArray& block_table, float softmax_scale,
+                 const nb::tuple& asked_values, const std::vector<int64_t>& bytes, const Array& out,
+                 const Array& evidence, const Array& counts, const MaybeArray& exact_mask, int num_threads,
+                 const std::string& isa) {
+    const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
+    require(bytes.size() == kNumCounts, "bytes are of each count");
+    Rule rule;
+    rule.sinks = nb::cast<int64_t>(asked_values[1]), rule.recent = nb::cast<int64_t>(asked_values[2]);
+    rule.keep_best = nb::cast<bool>(asked_values[3]);
+    const AskedMass asked{nb::cast<double>(asked_values[0]), bytes.data()};
+    const StepOutput output = output_of(problem, out, evidence, counts, exact_mask);
+    const KernelTable& table = kernels(isa);
+    nb::gil_scoped_release release;
+    table.attend_mass(problem, sketch.view, rule, asked, output, num_threads);
 }
 
 // group int16 or int32 [heads, subspaces, keys], upper float32 [heads, subspaces, rows, groups], out bool [heads, rows,
@@ -161,11 +181,17 @@ void bind_tiers(nb::module_& m) {
           "half_width"_a.noconvert(), "undecided"_a.noconvert(), "cut"_a.noconvert(), "retire"_a,
           "new_estimate"_a.noconvert(), "new_half_width"_a.noconvert(), "state"_a.noconvert(), "known"_a.noconvert(),
           "num_threads"_a, "isa"_a);
+    m.def("attend_within", &attend_within, "sketch"_a, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
+          "kv_start"_a.noconvert(), "kv_len"_a.noconvert(), "block_table"_a.noconvert().none(), "softmax_scale"_a,
+          "first_share"_a, "error"_a, "sinks"_a, "recent"_a, "bytes"_a, "out"_a.noconvert(), "evidence"_a.noconvert(),
+          "counts"_a.noconvert(), "exact_mask"_a.noconvert().none(), "more_bytes"_a.noconvert(), "num_threads"_a,
+          "isa"_a);
+    m.def("attend_mass", &attend_mass, "sketch"_a, "q"_a.noconvert(), "keys"_a.noconvert(), "values"_a.noconvert(),
+          "kv_start"_a.noconvert(), "kv_len"_a.noconvert(), "block_table"_a.noconvert().none(), "softmax_scale"_a,
+          "asked"_a, "bytes"_a, "out"_a.noconvert(), "evidence"_a.noconvert(), "counts"_a.noconvert(),
+          "exact_mask"_a.noconvert().none(), "num_threads"_a, "isa"_a);
     m.def("groups_reach", &groups_reach, "group"_a.noconvert(), "upper"_a.noconvert(), "slack"_a.noconvert(),
           "tau"_a.noconvert(), "all"_a, "out"_a.noconvert(), "num_threads"_a, "isa"_a);
-    m.def("settle", &settle, "sketch"_a, "softmax_scale"_a, "estimate"_a.noconvert(), "half_width"_a.noconvert(),
-          "undecided"_a.noconvert(), "summary"_a.noconvert(), "away"_a.noconvert(), "allowed"_a.noconvert(),
-          "exact_bytes"_a, "coarse_bytes"_a, "exact"_a.noconvert(), "unread"_a.noconvert(), "num_threads"_a, "isa"_a);
 }
 
 }  // namespace louver

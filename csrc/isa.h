@@ -25,9 +25,10 @@ struct KernelTable {
                       int num_threads);
     void (*tighten)(const Problem&, const BoundsView&, const float* cut, bool retire, float* estimate,
                     float* half_width, uint8_t* state, float* known, int64_t longest, int num_threads);
-    void (*settle)(const Problem&, const SketchView&, const BoundsView&, const SummaryView&, const float* away,
-                   const float* allowed, int64_t exact_bytes, int64_t coarse_bytes, float* exact, float* unread,
-                   int num_threads);
+    void (*attend_within)(const Problem&, const SketchView&, const Rule& first, const Asked&, const StepOutput&,
+                          int num_threads);
+    void (*attend_mass)(const Problem&, const SketchView&, const Rule& ends, const AskedMass&, const StepOutput&,
+                        int num_threads);
     void (*groups_reach)(const GroupsView&, const float* slack, const float* tau, bool all, uint8_t* out,
                          int num_threads);
 };

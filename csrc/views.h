@@ -114,6 +114,19 @@ struct Rule {
     bool keep_best = false;
 };
 
+// What a step under error:EPS has to certify, and what its reads cost.
+struct Asked {
+    float error = 0;                 // times |out|
+    const int64_t* bytes = nullptr;  // [kNumCounts], of each thing counted
+    int64_t* more_bytes = nullptr;   // [batch, num_kv_heads], read and not counted
+};
+
+// The same of a step under mass:EPS.
+struct AskedMass {
+    double share = 0;                // of the mass, to be dropped at most
+    const int64_t* bytes = nullptr;  // [kNumCounts]
+};
+
 // Bounds as the op `bounds` leaves them, [batch, .., sketched] in row coordinates.
 struct BoundsView {
     const float* estimate = nullptr;     // [batch, num_q_heads, sketched]

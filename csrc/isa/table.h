@@ -5,12 +5,13 @@
 #include "kernels/counts.h"
 #include "kernels/dense.h"
 #include "kernels/encode.h"
+#include "kernels/mass.h"
 #include "kernels/search.h"
 #include "kernels/selection.h"
-#include "kernels/settle.h"
 #include "kernels/summary.h"
 #include "kernels/tiers.h"
 #include "kernels/tighten.h"
+#include "kernels/within.h"
 
 namespace louver::LOUVER_ISA {
 
@@ -21,7 +22,8 @@ static void bounds_entry(const Problem& problem, const SketchView& sketch, const
 }
 
 extern const KernelTable table;
-const KernelTable table = {LOUVER_ISA_NAME, encode_block, bounds_entry, step,      search,  score,  attend_selection,
-                           attend_dense,    attend_tiers, count_tiers,  summarize, tighten, settle, groups_reach};
+const KernelTable table = {LOUVER_ISA_NAME, encode_block,     bounds_entry,  step,         search,
+                           score,           attend_selection, attend_dense,  attend_tiers, count_tiers,
+                           summarize,       tighten,          attend_within, attend_mass,  groups_reach};
 
 }  // namespace louver::LOUVER_ISA

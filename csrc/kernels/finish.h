@@ -7,13 +7,14 @@
 namespace louver::LOUVER_ISA {
 
 // Fold the list's exact keys into this thread's sums and output. keep(g, at) has a lane for each of the kLanes entries
-// from `at` on, true where head g attends it; weights [group, kValueTile] is scratch.
+// from `at` on, true where head g attends it; weights [group, kValueTile] is scratch. from: how much of the list has
+// been folded in before.
 template <class Keep>
-inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep keep) {
+inline void attend_list(Unit& unit, float* weights, float* value_norms, Keep keep, int64_t from = 0) {
     const float scale = unit.problem->softmax_scale;
     const int64_t group = unit.group.size, end = unit.list_begin + unit.my_count();
     for (int64_t i = 0; i < kValueTile; ++i) value_norms[i] = 0;
-    for (int64_t at = unit.list_begin; at < end; at += kValueTile) {
+    for (int64_t at = unit.list_begin + from; at < end; at += kValueTile) {
         const int64_t n = end - at < kValueTile ? end - at : kValueTile;
         for (int64_t g = 0; g < group; ++g)
             for (int64_t i = 0; i < kValueTile; i += kLanes) {
@@ -88,8 +89,9 @@ inline void finish_dropped(const Unit& unit, const Sums& sums, float away, float
 
 // Called by one thread when all have contributed.
 inline void finish_unit(Unit& unit) {
-    // The longest chain of float32 additions into an output channel: within a tile, over tiles, over blocks.
-    const float chain = static_cast<float>(kValueTile + unit.length / kValueTile + unit.num_blocks);
+    // The longest chain of float32 additions into an output channel: within a tile, over tiles, each part of the list
+    // ending in one that may not be full, and over blocks.
+    const float chain = static_cast<float>(kValueTile + unit.length / kValueTile + unit.num_blocks + unit.parts);
     const Problem& problem = *unit.problem;
     const int64_t group = unit.group.size, padded = unit.group.padded, dims = problem.head_dim;
     const int64_t item = problem.q_dtype == DType::float32 ? 4 : 2;

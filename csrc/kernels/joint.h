@@ -14,21 +14,21 @@ namespace louver::LOUVER_ISA {
 constexpr int kDinkelbachSteps = 3;
 constexpr float kFloorFactor = static_cast<float>(kReciprocalBelow) * (1 - 1e-5f);
 
-// From bounds to the ends of weights, in place for this thread's blocks: unit.estimate becomes the weight, unit.upper
-// its ceiling, zero for exact keys. add_sketched is done with both.
-inline void keep_ends(Unit& unit) {
+// From bounds to the ends of weights, of this thread's keys that no head's cut is reached by; zeros for the others.
+// weight and ceiling [group, stride] may be unit.estimate and unit.upper, once add_sketched is done with both.
+inline void fill_ends(Unit& unit, float* weight, float* ceiling) {
     const int64_t group = unit.group.size, frame_len = unit.sketch->frame_len;
     const int64_t begin = unit.blocks.begin * frame_len, end = unit.blocks.end * frame_len;
     for (int64_t i = begin; i < end; i += kLanes) {
         Ints sketched = first_lanes(end - i);
         for (int64_t g = 0; g < group; ++g) sketched &= load<Floats>(unit.upper + g * unit.stride + i) < unit.cut[g];
         for (int64_t g = 0; g < group; ++g) {
-            float *upper = unit.upper + g * unit.stride + i, *estimate = unit.estimate + g * unit.stride + i;
+            const int64_t at = g * unit.stride + i;
             Ints beyond = {};
-            const Weighed each =
-                Weigher(unit, g).weigh<true>(load<Floats>(upper), load<Floats>(estimate), sketched, beyond);
-            store_some(upper, select(sketched, each.weight * each.growth + kLeastWeight, splat(0)), end - i);
-            store_some(estimate, each.weight, end - i);
+            const Weighed each = Weigher(unit, g).weigh<true>(load<Floats>(unit.upper + at),
+                                                              load<Floats>(unit.estimate + at), sketched, beyond);
+            store_some(ceiling + at, select(sketched, each.weight * each.growth + kLeastWeight, splat(0)), end - i);
+            store_some(weight + at, each.weight, end - i);
         }
     }
 }
@@ -61,13 +61,13 @@ inline bool over_sketched(const Unit& unit, int64_t g, float away, Body body, En
 }
 
 // At least the largest ratio for head g, from its sums over all threads, exact_floors of which are exact keys' floors;
-// +infinity where nothing is known.
-inline float joint_maximum(const Unit& unit, int64_t g, const Sums& sums, double exact_floors, float away) {
+// +infinity where nothing is known. rate: a guess, and how many steps to improve it by.
+inline float joint_maximum(const Unit& unit, int64_t g, const Sums& sums, double exact_floors, float away,
+                           float rate = 0, int steps = kDinkelbachSteps) {
     const double extra = (sums.value_miss + sums.moved_spread + sums.moved * static_cast<double>(away)) * (1 + 1e-5);
     const double exact = exact_floors * (1 - 1e-5), least = sums.floors * (1 - 1e-5);
     if (!(least > 0)) return kInfinity;
-    float rate = 0;
-    for (int step = 0; step < kDinkelbachSteps; ++step) {
+    for (int step = 0; step < steps; ++step) {
         Floats numerator = {}, total = {};
         const float r = rate;
         if (!over_sketched(

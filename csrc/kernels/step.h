@@ -16,6 +16,8 @@ inline int planes_of(const Rule& rule, int64_t longest) {
     return static_cast<double>(keys_needed(rule, longest)) >= kShareOfTwoPlanes * static_cast<double>(longest) ? 2 : 1;
 }
 
+constexpr float kRebaseNats = 20;  // by which the score that weights are relative to may be off, once chosen
+
 // Hands out 64-byte aligned pieces; with a null base it only measures.
 class Arena {
   public:

@@ -88,7 +88,7 @@ inline void tiers_unit(Unit& unit, const UnitBounds& from, Private& mine) {
     });
     unit.wait();
     add_sketched(unit, mine.coarse);
-    keep_ends(unit);
+    fill_ends(unit, unit.estimate, unit.upper);
     unit.wait();
     if (unit.rank == 0) finish_unit(unit);
     unit.wait();

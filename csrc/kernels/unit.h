@@ -66,6 +66,7 @@ struct Unit {
     float* packed;                      // [stride], this thread's
     float* buffer;                      // this thread's: kValueTile * padded floats
     Floats* lanes;                      // this thread's: running extremes, 3 per head
+    int64_t parts;                      // in which the list is attended, beyond one
 
     int64_t& my_count() const { return list_count[rank]; }
     Extremes& extreme(int64_t g) const { return extremes[rank * group.size + g]; }

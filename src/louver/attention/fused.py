@@ -1,7 +1,8 @@
 """A step under a policy that a backend follows in a fixed sequence of its own launches: the host decides nothing, so it can be captured.
 
-Every backend follows a rule (``step``). One that has ``attend_within`` follows an asked error too, and one that has ``attend_in_looks``
-whatever can be said as a union of: so many scores, a distance from the best, a share of the mass, a score.
+Every backend follows a rule (``step``). One that has ``attend_within`` follows an asked error too, one that has ``attend_mass`` a share of the
+mass, and one that has ``attend_in_looks`` whatever can be said as a union of: so many scores, a distance from the best, a share of the
+mass, a score.
 """
 
 from dataclasses import replace
@@ -29,6 +30,8 @@ def follows(policy: Policy, ops: ModuleType) -> bool:
         return True
     if isinstance(policy, OutputError):
         return hasattr(ops, "attend_within")
+    if isinstance(policy, Mass) and hasattr(ops, "attend_mass"):
+        return True
     return hasattr(ops, "attend_in_looks") and wanted_by(policy) is not None
 
 
@@ -54,6 +57,8 @@ def fused_step(
         return None
     if isinstance(policy, OutputError):
         return ops.attend_within(q, keys, values, sketch, FIRST, policy.error, *place, *ends, record)
+    if isinstance(policy, Mass) and hasattr(ops, "attend_mass"):
+        return ops.attend_mass(q, keys, values, sketch, policy.dropped_mass, *place, *ends, keep_best, record), None
     wanted = wanted_by(policy)
     assert wanted is not None, "follows() said so"
     if policy.sample is not None or "tau" in wanted:

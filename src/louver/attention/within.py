@@ -45,6 +45,8 @@ def attend_within(
     store, ops = index.store, get_ops(index.backend)
     fused = fused_step(policy, ops, q, store.keys, values, sketch, (store.kv_start, store.kv_len, scale), record=record)
     if fused is not None and fused[1] is not None:
+        if q.device.type == "cpu":  # elsewhere the host would wait for it
+            _warn_of_arithmetic(fused[0], q, policy)
         return fused[0], fused[1]
     bounds = index.bounds(q, scale, policy.sinks, policy.recent)
     coded = torch.zeros_like(bounds.undecided)  # keys whose value code some pass has read
@@ -80,14 +82,7 @@ def attend_within(
         if not bool((step.certificate > 0)[missed].any()) and not bool(torch.isnan(step.certificate).any()):
             continue
         break  # not finite: nothing can be promised, and the certificate says so
-    norm = step.out.float().norm(dim=-1)
-    if bool(((step.arithmetic_bound > policy.error * norm) & (norm > 0)).any()):
-        warnings.warn(
-            f"{policy.spec} asks for less than the arithmetic of exact attention can promise in {q.dtype} for some heads; "
-            "their keys are all exact, and arithmetic_bound says what is left",
-            LouverWarning,
-            stacklevel=4,
-        )
+    _warn_of_arithmetic(step, q, policy)
     frame_len, counted = sketch.config.frame_len, dict(zip(COUNTS, step.counts.unbind(-1), strict=True))
     again = (coded.sum(-1) - counted["coarse"]) * (sketch.dims // 2)
     frames = (blocks_of(coded, frame_len) - counted["value_blocks"]) * value_frame_bytes(sketch.dims)
@@ -99,6 +94,17 @@ def allowed_error(step: TierOutput, policy: OutputError) -> PerQueryHead:
     norm = step.out.double().norm(dim=-1) * (1 - 1e-5)  # rounded down, and with it the difference
     allowed = (policy.error * norm).float() - step.arithmetic_bound
     return allowed.nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp_min(0)
+
+
+def _warn_of_arithmetic(step: TierOutput, q: Query, policy: OutputError) -> None:
+    norm = step.out.float().norm(dim=-1)
+    if bool(((step.arithmetic_bound > policy.error * norm) & (norm > 0)).any()):
+        warnings.warn(
+            f"{policy.spec} asks for less than the arithmetic of exact attention can promise in {q.dtype} for some heads; "
+            "their keys are all exact, and arithmetic_bound says what is left",
+            LouverWarning,
+            stacklevel=5,
+        )
 
 
 def _changed(before: Cuts, after: Cuts, num_kv_heads: int) -> Bool[Tensor, "batch num_kv_heads"]:

@@ -51,7 +51,7 @@ def attend_tiers(
     before: tuple[TierOutput, Bool[Tensor, "batch num_kv_heads"]] | None = None,
 ) -> TierOutput:
     """One decode step, every key in the tier its upper bound puts it in; see louver.kernels.reference.attend_tiers."""
-    room = _Room(q, keys, record, block_table)
+    room = Room(q, keys, record, block_table)
     changed = None if before is None else room.start_from(*before)
     rank = None if cuts.rank is None else share(cuts.rank.long().contiguous())
     native.load().attend_tiers(
@@ -80,7 +80,7 @@ def step(
     block_table: Int[Tensor, "batch pages"] | None = None,
 ) -> TierOutput:
     """One decode step under a rule, fused; see louver.kernels.reference.step."""
-    room = _Room(q, keys, record, block_table)
+    room = Room(q, keys, record, block_table)
     native.load().step(
         native.sketch_view(sketch), share(q.contiguous()), share(keys), share(values), share(kv_start), share(kv_len),
         share(block_table), softmax_scale, (rule.drop, rule.share, rule.count, rule.tau, rule.unread_mass, sinks, recent, keep_best),
@@ -89,7 +89,7 @@ def step(
     return room.output()
 
 
-class _Room:
+class Room:
     """Where a step's output and evidence go."""
 
     def __init__(self, q: Query, keys: Cache, record: bool, block_table: Tensor | None) -> None:

@@ -1,18 +1,16 @@
-"""bounds, tighten, settle and count_tiers: native twins of the reference's ops, which policies look at."""
+"""bounds, tighten and count_tiers: native twins of the reference's ops, which policies look at."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from louver.geometry.rounding import norm_above
 from louver.kernels.cpu import native
 from louver.kernels.cpu.native import Cache, share
 from louver.kernels.ops import Bounds
 from louver.kernels.reference.bounds import BINS
 from louver.kernels.reference.counts import TIER_COUNTS
-from louver.protocols import BoundSummary, Cuts
+from louver.protocols import BoundSummary
 from louver.shapes import PerQueryHead, PerRow, Query
-from louver.sketch.accounting import CACHE_BYTES
 from louver.sketch.layout import Sketch
 
 SUMMARY = (
@@ -77,20 +75,6 @@ def tighten(
         native.num_threads(), native.isa,
     )  # fmt: skip
     return _summarize(kv_start, kv_len, softmax_scale, estimate, half_width, state, known, retire)
-
-
-def settle(out: Query, sketch: Sketch, bounds: Bounds, allowed: PerQueryHead) -> Cuts:
-    """The cheapest cuts whose certificate is about what is allowed; see louver.kernels.reference.settle."""
-    summary, group_size = bounds.summary, out.shape[1] // bounds.undecided.shape[1]
-    mean = sketch.value_mean[..., : out.shape[-1]].repeat_interleave(group_size, 1)
-    away = norm_above(mean - out.float())
-    exact, unread = torch.empty(2, *out.shape[:2]).unbind()
-    native.load().settle(
-        native.sketch_view(sketch), summary.softmax_scale, *_shared(bounds), _shared_summary(summary), share(away),
-        share(allowed.contiguous()), 2 * CACHE_BYTES * sketch.head_dim, sketch.dims // 2, share(exact), share(unread),
-        native.num_threads(), native.isa,
-    )  # fmt: skip
-    return Cuts(unread=unread, fine=exact, exact=exact)
 
 
 def count_tiers(
