@@ -69,7 +69,5 @@ TABLES = {
         where={"stage": "all layers alike"},
     ),
     "agreement": Table(file="agreement.json", columns=_AGREEMENT),
-    "agreement-certified": Table(file="agreement_certified.json", columns=_AGREEMENT),
-    "agreement-five": Table(file="agreement_five.json", columns=_AGREEMENT),
     "agreement-gpu": Table(file="agreement_gpu.json", columns=_AGREEMENT),
 }
