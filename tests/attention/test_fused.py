@@ -7,9 +7,10 @@ import torch
 
 from helpers import build_case
 from louver import attend
-from louver.attention.fused import follows, wanted_by
+from louver.attention.fused import follows, members_of, wanted_by
 from louver.kernels import get_ops
 from louver.policies import parse
+from louver.policies.union import Union
 from louver.protocols import CutRule
 
 
@@ -55,3 +56,10 @@ def test_a_union_of_counts_keeps_what_the_larger_keeps():
     case = build_case(3, kv_len=300)
     both, larger = (attend(case.q, case.index("reference"), policy=p, record=True) for p in ("topk:4|topk:9", "topk:9"))
     assert torch.equal(both.exact_mask, larger.exact_mask) and torch.equal(both.tau, larger.tau)
+
+
+def test_a_union_within_a_union_keeps_its_members():
+    inner = parse("sample-max|topk:4")
+    outer = Union(members=(inner, parse("mass:0.1")))
+    assert [m.spec for m in members_of(outer)] == [*(m.spec for m in inner.members), "mass:0.1"]
+    assert wanted_by(outer) == {"share": 0.0, "count": 4, "dropped_mass": 0.1}

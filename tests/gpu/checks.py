@@ -305,6 +305,34 @@ def check_looks(case: Case, device: str) -> dict[str, float]:
     }
 
 
+def check_tiny_mass(device: str) -> None:
+    """A share of 1e-9, where one key weighs more than all others by more than float32 can tell apart."""
+    from louver.index.sketch import SketchIndex
+    from louver.kernels import crossover
+    from louver.kernels.triton import attend_in_looks
+    from louver.sketch.layout import SketchConfig
+
+    g = torch.Generator().manual_seed(0)
+    n, asked = 384, 1e-9
+    keys = torch.zeros(1, 1, n, 64)
+    keys[..., :2] = 0.02 * torch.randn(n, 2, generator=g)
+    keys[0, 0, : n // 2, 1] += 40.0  # listed for the second head
+    keys[0, 0, n // 2 :, 0] -= 25.0
+    keys[0, 0, 70, 0], keys[0, 0, 1, 1] = 24.0, 1.0
+    values = torch.randn(1, 1, n, 64, generator=g)
+    q = torch.zeros(1, 2, 64)
+    q[0, 0, 0] = q[0, 1, 1] = 1.0
+    keys, values, q = (x.to(device) for x in (keys, values, q))
+    start, stop = (torch.full((1,), x, dtype=torch.int32, device=device) for x in (0, n))
+    config = SketchConfig(frame_len=64)
+    index = SketchIndex.build(keys, values, kv_start=start, kv_len=stop, config=config, backend="reference")
+    with crossover.switched(False):
+        step = attend_in_looks(q, keys, values, index.sketch, {"dropped_mass": asked}, start, stop, 1.0, 0, 0, True)
+    assert step is not None and (step.dropped_mass_bound <= asked).all()
+    weights = (q.double() @ keys[0].double().mT)[0].softmax(-1)
+    assert (torch.where(step.exact_mask[0], 0.0, weights).sum(-1) <= step.dropped_mass_bound[0].double()).all()
+
+
 def check_unknown(policy: str, where: str, bad: float, device: str) -> None:
     """Where dense attention is not finite a step must say that it knows nothing: +inf, never NaN."""
     from louver.kernels import crossover
@@ -409,4 +437,5 @@ if __name__ == "__main__":
         print(case, check_within(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
     for case in LOOKS:
         print(case, check_looks(case, sys.argv[1] if len(sys.argv) > 1 else "cpu"), flush=True)
+    check_tiny_mass(sys.argv[1] if len(sys.argv) > 1 else "cpu")
     sys.exit(0)

@@ -19,6 +19,7 @@ if __name__ == "__main__":
         print(case.policy, checks.check_within(case, "cpu"), flush=True)
     for case in (checks.LOOKS[i] for i in (0, 1, 6, 8, 9, 10)):
         print(case.policy, checks.check_looks(case, "cpu"), flush=True)
+    checks.check_tiny_mass("cpu")
     for case in checks.UNKNOWN[1::2]:  # the card takes them all
         checks.check_unknown(*case, "cpu")
         print(*case, flush=True)

@@ -51,6 +51,10 @@ def test_what_is_asked_for_is_kept(case):
     print(checks.check_looks(case, "cuda"))
 
 
+def test_a_tiny_share_is_kept_beside_one_heavy_key():
+    checks.check_tiny_mass("cuda")
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("policy", ["mass:0.1", "relative:4", "topk:20|mass:0.3", "sample-topk:3", "error:0.2"])
 def test_it_is_captured_in_a_graph(policy, monkeypatch):

@@ -12,6 +12,7 @@ from louver.attention import DenseAttention, LouverAttention
 from louver.errors import PolicyError
 from louver.experiments.audit import Audit
 from louver.integrations.transformers import LouverCache, attach
+from louver.integrations.transformers.layer import layer_of
 from louver.kernels import crossover
 from louver.policies import DEFAULT_POLICY
 from louver.sketch.layout import SketchConfig
@@ -46,6 +47,15 @@ def test_default_is_louver_with_the_policy(model):
     assert isinstance(attention, LouverAttention)
     assert cache.policy == attention.policy
     assert attention.policy.spec == "exact:0.05+sinks:4"
+
+
+def test_the_store_does_not_hold_the_layer(model):
+    """The mark is on the view that the model is handed: on the store's own it would make a cycle around all keys."""
+    cache = attach(model)
+    keys, values = (torch.randn(1, 2, 5, 16) for _ in range(2))
+    layer = cache.served_layers[0]
+    handed, _ = layer.update(keys, values)
+    assert layer_of(handed) is layer and layer_of(layer.attention.store.keys) is None
 
 
 def test_layer_factory_gets_the_layer_idx():

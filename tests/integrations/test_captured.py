@@ -104,7 +104,7 @@ def test_room_ends():
 def test_refusals():
     model = llama()
     with pytest.raises(PolicyError, match="without the host"):
-        CapturedDecoding(model, prompted(model, "mass:0.1"), graph=False)
+        CapturedDecoding(model, prompted(model, "relative:8"), graph=False)
     with pytest.raises(UnsupportedModelError, match="on the GPU"):
         CapturedDecoding(model, prompted(model, "exact:0.05"))
     sliding = gemma3()

@@ -176,3 +176,12 @@ def test_other_errors():
         store.truncate(-1)
     with pytest.raises(ShapeError, match="batch"):
         store.kv_start = torch.tensor([1, 2, 3])
+
+
+def test_a_view_taken_without_gradients_does_not_take_them_from_later_ones():
+    keys = tokens(1, 9).requires_grad_()
+    store = DeviceStore.wrap(keys)
+    with torch.no_grad():
+        assert store.keys.shape == keys.shape
+    store.keys.sum().backward()
+    assert keys.grad is not None and (keys.grad == 1).all()

@@ -5,6 +5,7 @@ mass, and one that has ``attend_in_looks`` whatever can be said as a union of: s
 mass, a score.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -62,11 +63,10 @@ def fused_step(
     wanted = wanted_by(policy)
     assert wanted is not None, "follows() said so"
     if policy.sample is not None or "tau" in wanted:
-        tau = torch.full(q.shape[:2], wanted.get("tau", torch.inf), device=q.device)
+        tau = torch.full(q.shape[:2], wanted.get("tau", torch.inf), dtype=torch.float32, device=q.device)
         if policy.sample is not None:
             sample = getattr(ops, "sample_scores", sample_scores)(q, keys, *place[:2], policy.sample)
-            members = policy.members if isinstance(policy, Union) else (policy,)
-            for member in members:
+            for member in members_of(policy):
                 tau = torch.minimum(tau, member.threshold(sample)) if isinstance(member, Sampled) else tau
         wanted["tau"] = tau
     if keep_best and not wanted.keys() & {"nats", "dropped_mass"}:  # those keep it anyway
@@ -75,6 +75,15 @@ def fused_step(
     if step is None:
         return None
     return (step if policy.sample is None else with_sample(step, policy.sample.size)), None
+
+
+def members_of(policy: Policy) -> Iterator[Policy]:
+    """The policies that a union consists of, unions within it included; of another policy, itself."""
+    if isinstance(policy, Union):
+        for member in policy.members:
+            yield from members_of(member)
+    else:
+        yield policy
 
 
 def wanted_by(policy: Policy) -> dict[str, Any] | None:

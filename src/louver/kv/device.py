@@ -92,20 +92,25 @@ class DeviceStore:
         """A view [batch, num_kv_heads, kv_len, head_dim] of the keys held."""
         if self._keys is None:
             return _NOTHING
-        known = self._keys_view
-        if known is None or known[0] is not self._keys or known[1] != self._len:
-            known = self._keys_view = (self._keys, self._len, self._keys[:, :, : self._len])
-        return known[2]
+        self._keys_view = self._view(self._keys, self._keys_view)
+        return self._keys_view[2]
 
     @property
     def values(self) -> Values | None:
         """A view [batch, num_kv_heads, kv_len, head_dim] of the values held, None if there are none."""
         if self._values is None:
             return None
-        known = self._values_view
-        if known is None or known[0] is not self._values or known[1] != self._len:
-            known = self._values_view = (self._values, self._len, self._values[:, :, : self._len])
-        return known[2]
+        self._values_view = self._view(self._values, self._values_view)
+        return self._values_view[2]
+
+    def _view(self, buffer: Tensor, known: tuple[Tensor, int, Tensor] | None) -> tuple[Tensor, int, Tensor]:
+        """The buffer, the tokens held and a view of them: what is known, if that is still so.
+
+        A view of a tensor that asks for gradients tracks them or not, as the mode was when it was made: made anew each time.
+        """
+        if known is None or known[0] is not buffer or known[1] != self._len or buffer.requires_grad:
+            return buffer, self._len, buffer[:, :, : self._len]
+        return known
 
     @property
     def kv_start(self) -> PerRow:

@@ -135,7 +135,7 @@ class LouverLayer(CacheLayerMixin):
         self._unanswered += 1
         with ordinary_tensors():
             keys, values = self.attention.append(key_states, value_states)
-        return mark(keys, self), values
+        return mark(keys.view_as(keys), self), values  # a view of its own: the store keeps the other
 
     def answered(self) -> None:
         """Note that the attention function found this layer."""

@@ -19,12 +19,16 @@ from louver.kernels.reference import (
     sum_reaches,
     tighten,
 )
-from louver.kernels.triton.dense import attend_dense
-from louver.kernels.triton.encode import encode_block
-from louver.kernels.triton.looks import attend_in_looks
-from louver.kernels.triton.sample import sample_scores
-from louver.kernels.triton.step import step
-from louver.kernels.triton.within import attend_within
+from louver.kernels.triton import dense, encode, looks, sample, within
+from louver.kernels.triton import step as steps
+from louver.kernels.triton.device import on_its_device
+
+attend_dense = on_its_device(dense.attend_dense)
+attend_in_looks = on_its_device(looks.attend_in_looks)
+attend_within = on_its_device(within.attend_within)
+encode_block = on_its_device(encode.encode_block)
+sample_scores = on_its_device(sample.sample_scores)
+step = on_its_device(steps.step)
 
 __all__ = [
     "all_reach",

@@ -176,7 +176,7 @@ def attend_everything(
     """The same with the rows of evidence of a step (lse, certificate 0, arithmetic, dropped 0, tau -inf) and its counts."""
     batch, num_q_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    evidence = torch.empty(5, batch, num_q_heads, device=q.device)
+    evidence = torch.empty(5, batch, num_q_heads, dtype=torch.float32, device=q.device)
     counts = torch.empty(batch, keys.shape[1], 7, dtype=torch.int64, device=q.device)
     _attend(q, keys, values, (kv_start, kv_len), softmax_scale, block_table, (out, evidence, counts), None)
     return out, evidence, counts

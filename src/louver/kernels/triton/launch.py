@@ -1,5 +1,6 @@
 """What launchers share: strides of a cache, constants on a device, and buffers kept from step to step."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from louver.kernels.triton import runtime
 from louver.sketch.layout import SCALES
 
 MOST_BYTES = 256 << 20  # of buffers held from step to step, beside the largest
@@ -33,23 +35,27 @@ def workspace(device: torch.device, name: str, shape: tuple[int, ...], dtype: to
 
 
 _held: OrderedDict[tuple, Any] = OrderedDict()  # of steps before, the last used at the end
+_held_by_one = threading.Lock()
 
 
 def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
     """What ``make(device, *shape)``, a tensor or a tuple of them, made once per shape; its content means nothing between steps.
 
-    Steps of one stream share it. Those used last stay, up to MOST_BYTES beside the largest. Where a graph is captured it is made anew, and the graph's
+    Steps of one thread and stream share it. Those used last stay, up to MOST_BYTES beside the largest. Where a graph is captured it is made anew, and the graph's
     own: a graph replays addresses, and buffers that are given back, or lent to another stream, must not be among them.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return make(device, *shape)
-    key = (make, device, shape)
-    if key not in _held:
-        _held[key] = make(device, *shape)
-        while sum(sizes := [_num_bytes(x) for x in _held.values()]) > MOST_BYTES + max(sizes):
-            _held.popitem(last=False)
-    _held.move_to_end(key)
-    return _held[key]
+    stream = runtime.current_stream() if device.type == "cuda" else 0
+    key = (make, device, shape, stream, threading.get_ident())
+    with _held_by_one:
+        made = _held.get(key)
+        if made is None:
+            made = _held[key] = make(device, *shape)
+            while sum(sizes := [_num_bytes(x) for x in _held.values()]) > MOST_BYTES + max(sizes):
+                _held.popitem(last=False)
+        _held.move_to_end(key)
+        return made
 
 
 def _num_bytes(made: Tensor | tuple[Tensor, ...]) -> int:

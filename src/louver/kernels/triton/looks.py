@@ -101,7 +101,7 @@ def attend_in_looks(
 
     mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    evidence = torch.empty(5, batch, num_q_heads, device=q.device)
+    evidence = torch.empty(5, batch, num_q_heads, dtype=torch.float32, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
     if native_attend:
         native.attend(plan, exacts, slack_share, mask)

@@ -37,18 +37,24 @@ def available() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and _nvrtc() is not None
 
 
-@lru_cache(maxsize=64)
 def function(sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...]) -> ctypes.c_void_p:
     """Compile files of this folder, one after another, for the current device and return one of their kernels.
 
     Raises:
         BackendError: the compiler or the driver refused; the message holds its log.
     """
+    return _function(torch.cuda.current_device(), sources, name, macros)
+
+
+@lru_cache(maxsize=256)
+def _function(
+    device: int, sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...]
+) -> ctypes.c_void_p:  # of one device: a kernel is loaded into its context
     nvrtc, driver = _nvrtc(), _driver()
     assert nvrtc is not None, "ask available() first"
     folder = Path(__file__).parent
     text = b"".join((folder / source).read_bytes() for source in ("common.cuh", *sources))
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device)
     flags = [f"--gpu-architecture=sm_{major}{minor}", "--std=c++17", *(f"-D{k}={v}" for k, v in macros)]
     program = ctypes.c_void_p()
     _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, sources[-1].encode(), 0, None, None), "create")
@@ -69,7 +75,7 @@ def function(sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int],
     module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
     _check(driver.cuModuleLoadData(ctypes.byref(module), image), "load")
     _check(driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()), "find")
-    most = torch.cuda.get_device_properties("cuda").shared_memory_per_block_optin
+    most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     static = ctypes.c_int()
     _check(
         driver.cuFuncGetAttribute(ctypes.byref(static), 1, kernel), "ask about"
@@ -96,9 +102,9 @@ class _Config(ctypes.Structure):  # CUlaunchConfig
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...: may start while the stream's last kernel ends
 
 
-@lru_cache(maxsize=1)
-def _starts_early() -> bool:
-    return torch.cuda.get_device_capability() >= (9, 0)
+@lru_cache(maxsize=64)
+def _starts_early(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 _EARLY = _Attribute(id=PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
@@ -153,7 +159,12 @@ def launch(
     held.packed.pack_into(held.memory, 0, *values)
     stream = current_stream()
     config = _Config(
-        (*grid, 1), (threads, 1, 1), shared_bytes, stream, ctypes.pointer(_EARLY), int(early and _starts_early())
+        (*grid, 1),
+        (threads, 1, 1),
+        shared_bytes,
+        stream,
+        ctypes.pointer(_EARLY),
+        int(early and _starts_early(torch.cuda.current_device())),
     )
     _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, held.pointers, None), "launch")
 

@@ -39,7 +39,7 @@ def sample_scores(
     longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
     order = _order(q.device, 1 << max(longest - 1, 0).bit_length(), sample.seed)
     chosen = buffers(workspace, q.device, "sampled", (batch, sample.size), torch.int32)
-    scores = torch.empty(batch, num_q_heads, sample.size, device=q.device)
+    scores = torch.empty(batch, num_q_heads, sample.size, dtype=torch.float32, device=q.device)
     x = q.contiguous()
     choose_kernel[(batch,)](order, chosen, kv_start, kv_len, order.numel(), sample.size, CHUNK=CHUNK, num_warps=4)
     score_kernel[(rows, triton.cdiv(sample.size, 32))](

@@ -139,7 +139,7 @@ def step(
     else:
         native.tiers(plan, scans)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    evidence = torch.empty(5, batch, num_q_heads, device=q.device)
+    evidence = torch.empty(5, batch, num_q_heads, dtype=torch.float32, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)
     chain = longest / min(scans, exacts) + scans + exacts + 256
     result = output_of(out, evidence, counts, None if mask is None else mask.view(torch.bool))

@@ -210,9 +210,10 @@ def last_kernel(
         # What is kept is what was scored less what is dropped of it: U + D <= ratio (K - D).
         margin = tl.maximum(1 - (tl.abs(origin) + 64) * 2.0**-20, 0.5)
         limit = (ratio * margin * kept - tl.load(below + pid) * 1.002) / (1 + ratio)
-        number = tl.load(ceilings + pid * BINS + bins)
-        mass = number.to(tl.float32) * exp((bins + 1).to(tl.float32) * (BIN_CODES / STEPS) - BELOW)
-        cut = tl.sum(((tl.cumsum(mass, 0) - mass) * 1.001 <= limit).to(tl.int32), 0) - 1
+        # Under a bin, not up to it less its own: a mass far above the others would swallow them in the difference.
+        number = tl.load(ceilings + pid * BINS + bins - 1, mask=bins > 0, other=0)
+        under = tl.cumsum(number.to(tl.float32) * exp(bins.to(tl.float32) * (BIN_CODES / STEPS) - BELOW), 0)
+        cut = tl.min(tl.where(under * 1.001 <= limit, BINS, bins), 0) - 1
         lowest = tl.minimum(lowest, (cut * BIN_CODES).to(tl.float32))
         dense = dense | (cut < 0) | (limit == float("inf")) | _crowded(listed, closed, 4)
         dense = dense | (tl.load(mine + CROWDED) != 0)

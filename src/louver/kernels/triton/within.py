@@ -72,7 +72,7 @@ def attend_within(
     rounding = ((longest / min(scans, exacts) + scans + exacts + 256) * TENSOR_UNIT, UNIT_OF[q.dtype])
     mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=device) if record else None
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
-    evidence = torch.empty(5, batch, num_q_heads, device=device)
+    evidence = torch.empty(5, batch, num_q_heads, dtype=torch.float32, device=device)
     counts = torch.empty(batch, keys.shape[1], 7, dtype=torch.int64, device=device)
     above = buffers(workspace, device, "bounds_above", (batch * num_q_heads, BINS.value), torch.int32)
     below = buffers(workspace, device, "grown_below", (batch * num_q_heads, BINS.value), torch.float32)
