@@ -13,7 +13,7 @@ export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 if [ "${SANITIZE:-0}" = 1 ]; then
     for tool in memcheck racecheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" tests/gpu/checks.py cuda
+        compute-sanitizer --tool "$tool" --error-exitcode 1 --print-limit 20 "$python" tests/gpu/every_check.py cuda
     done
 fi
 spread=""

@@ -14,13 +14,14 @@ from louver.protocols import COUNTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 checks = importlib.import_module("checks")
+looks_checks = importlib.import_module("looks_checks")
 launch = importlib.import_module("louver.kernels.triton.launch")
 Case = checks.Case
 
 pytestmark = pytest.mark.gpu
 
 CASES = [
-    *checks.LOOKS,
+    *looks_checks.LOOKS,
     *(
         Case(policy=policy, head_dim=head_dim, group=group, kv_len=5003, frame_len=128, dtype=dtype)
         for policy, head_dim, group, dtype in [
@@ -48,11 +49,11 @@ CASES = [
     "case", CASES, ids=lambda c: f"{c.policy}-{c.head_dim}x{c.group}-{c.kv_len}-{str(c.dtype)[6:]}"
 )
 def test_what_is_asked_for_is_kept(case):
-    print(checks.check_looks(case, "cuda"))
+    print(looks_checks.check_looks(case, "cuda"))
 
 
 def test_a_tiny_share_is_kept_beside_one_heavy_key():
-    checks.check_tiny_mass("cuda")
+    looks_checks.check_tiny_mass("cuda")
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -102,7 +102,7 @@ def _merge_kernel(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if SOME:  # noqa: SIM102
+    if SOME:  # noqa: SIM102 - decided as this is compiled; the next only as it runs
         if tl.load(only + pid // G * only_stride) == 0:
             return
     d = tl.arange(0, DP)
