@@ -41,17 +41,17 @@ def score_slack(absolute_score: Float[Tensor, "*shape"], head_dim: int) -> Float
 
 
 def estimate_slack(frame_reach: Float[Tensor, "*shape"], head_dim: int) -> Float[Tensor, "*shape"]:
-    """Largest error of an estimated score q . (center + (code - 8) scale) in float32.
+    """Largest error of an estimated score q . (center + code - 8) scale in float32.
 
-    frame_reach is sum_d |q_d| (|center_d| + 8 scale_d), the largest sum of absolute terms any code can give. Two roundings
-    build each decoded channel, head_dim more the dot product.
+    frame_reach is sum_d |q_d| (|center_d| + 8) scale_d, at least the sum of absolute terms any code can give. One rounding
+    builds each decoded channel, head_dim more the dot product.
     """
     return SAFETY * gamma(head_dim + 4) * frame_reach + ABSOLUTE
 
 
 def radius_inflation(head_dim: int) -> float:
     """Factor that makes query norm x radius, computed in float32, at least the real product (docs/guarantee.md, 4)."""
-    return 1 + SAFETY * gamma(head_dim + 16)
+    return 1 + SAFETY * gamma(head_dim + 18)
 
 
 def logit_slack(magnitude: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -78,3 +78,8 @@ def round_up_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The smallest float32 not below x (float64)."""
     y = x.to(torch.float32)
     return torch.where(y.double() < x, torch.nextafter(y, torch.full_like(y, torch.inf)), y)
+
+
+def round_down_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The largest float32 not above x (float64)."""
+    return -round_up_float32(-x)

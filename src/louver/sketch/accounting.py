@@ -9,14 +9,15 @@ what a backend spills between its passes, which is its own affair and shows in i
 from functools import cache
 
 from louver.protocols import COUNTS
+from louver.sketch.layout import half_len
 
 CACHE_BYTES = 2  # per element of a 16-bit cache, the unit every ratio is stated against
-FRAME_BYTES = 3  # per channel: a float16 center and an 8-bit scale
+FRAME_BYTES = 2  # per channel: a center and a scale in 16 bits
 
 
 def frame_bytes(num_dims: int) -> int:
-    """Bytes of one block's frame: center and scale per channel."""
-    return FRAME_BYTES * num_dims
+    """Bytes of one block's frame: center and scale per channel, and the widest scale."""
+    return FRAME_BYTES * num_dims + 1
 
 
 def value_frame_bytes(num_dims: int) -> int:
@@ -25,8 +26,9 @@ def value_frame_bytes(num_dims: int) -> int:
 
 
 def key_block_bytes(num_dims: int, num_slices: int, frame_len: int) -> int:
-    """Bytes of one block's keys in the sketch: codes, radii, frame and radius units."""
-    return frame_len * (num_dims // 2 + num_slices) + frame_bytes(num_dims) + 4 * num_slices
+    """Bytes of one block's keys in the sketch: codes, radii, frame, and where radii begin and what their units are."""
+    radii = half_len(frame_len) + 8
+    return frame_len * (num_dims // 2) + radii * num_slices + frame_bytes(num_dims)
 
 
 @cache  # asked at every step

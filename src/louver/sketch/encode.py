@@ -7,12 +7,22 @@ the real norm of what the codes miss. Here that norm is taken in float64 and rou
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from louver.geometry.bounds import slice_lengths
-from louver.geometry.rounding import round_up_float32
-from louver.sketch.layout import CODE_ZERO, LARGEST_FRAMED, NO_BOUND, SCALES
+from louver.geometry.rounding import round_down_float32, round_up_float32
+from louver.sketch.layout import (
+    CENTERS,
+    CODE_ZERO,
+    FALLS,
+    LARGEST_FRAMED,
+    NO_BOUND,
+    SCALES,
+    frame_centers,
+    frame_scales,
+    pack_frame,
+)
 
 LEVELS = 16
 CLIP_STEPS = (1, 0, -1, -2, -3, -4, -5)  # eighths of an octave around the scale that spans the range
@@ -22,13 +32,13 @@ class Frames(NamedTuple):
     """Codes and frames of n blocks; ``residual`` is x minus its decoded value, float64, zero where x is not representable."""
 
     codes: UInt8[Tensor, "*lead n frame_len dims"]
-    center: Float[Tensor, "*lead n dims"]  # float16
-    scale: UInt8[Tensor, "*lead n dims"]
+    frame: Int[Tensor, "*lead n dims"]  # int16
+    scale: UInt8[Tensor, "*lead n"]
     residual: Float[Tensor, "*lead n frame_len dims"]
 
 
 def representable(x: Float[Tensor, "*lead n frame_len dims"]) -> Bool[Tensor, "*lead n frame_len"]:
-    """True for tokens a frame can hold: finite, and within the range of a float16 center in every channel."""
+    """True for tokens a frame can hold: finite, and no larger than LARGEST_FRAMED in any channel."""
     return (x.abs() <= LARGEST_FRAMED).all(-1)
 
 
@@ -37,7 +47,8 @@ def fit_frames(
 ) -> Frames:
     """Choose a frame per block and channel for the valid tokens and code them; other tokens get the center.
 
-    x is float32. With clip, the scale is the one with the least squared error among CLIP_STEPS.
+    x is float32. With clip, the scale is the one with the least squared error among CLIP_STEPS. No channel's scale is finer than its
+    center can be counted in, nor than the block's widest allows.
     """
     scales = SCALES.to(x.device)
     keep = valid[..., None]
@@ -48,30 +59,55 @@ def fit_frames(
     x = torch.where(keep, x, ((low + high) / 2)[..., None, :])
 
     middle = (low + high) / 2
-    reach = (high - low) / LEVELS
-    full = (8 * (torch.log2(reach.clamp_min(2.0**-30)) + 18)).ceil()
-    best_code = (full + CLIP_STEPS[0]).clamp(0, 255).to(torch.int64)
+    full = _scale_code((high - low) / LEVELS)
+    finest = _scale_code(middle.abs() / (CENTERS - 2))
+    widest = (torch.maximum(full, finest) + CLIP_STEPS[0]).clamp(0, 255).amax(-1, keepdim=True)
+    finest = torch.maximum(finest, widest - (FALLS - 1)).clamp(0, 255)
+
+    def code_at(step: int) -> Tensor:
+        return torch.minimum(torch.maximum(full + step, finest), widest).to(torch.int64)
+
+    best_code = code_at(CLIP_STEPS[0])
     best_error = torch.full_like(middle, torch.inf)
     for step in CLIP_STEPS if clip else ():
-        code = (full + step).clamp(0, 255).to(torch.int64)
+        code = code_at(step)
         scale = scales[code]
-        center = (middle + scale / 2).half().float()
+        center = _center(middle, scale)
         error = (_decode(_codes(x, center, scale), center, scale) - x).square().sum(-2)
         better = error < best_error
         best_error, best_code = torch.where(better, error, best_error), torch.where(better, code, best_code)
     scale = scales[best_code]
-    center = (middle + scale / 2).half()
-    codes = _codes(x, center.float(), scale)
+    center = _center(middle, scale)
+    codes = _codes(x, center, scale)
     residual = x.double() - _decode(codes.double(), center.double(), scale.double())
-    return Frames(codes.to(torch.uint8), center, best_code.to(torch.uint8), residual * keep)
+    frame = pack_frame(center.long(), widest.long() - best_code)
+    return Frames(codes.to(torch.uint8), frame, widest[..., 0].to(torch.uint8), residual * keep)
+
+
+def _scale_code(reach: Tensor) -> Tensor:
+    """The finest scale, as a whole number of eighths of an octave, that is at least reach; not yet within 0..255."""
+    return (8 * (torch.log2(reach.clamp_min(2.0**-30)) + 18)).ceil()
+
+
+def _center(middle: Tensor, scale: Tensor) -> Tensor:
+    """Codes reach a step further down than up."""
+    return (middle / scale + 0.5).round().clamp_(-CENTERS, CENTERS - 1)
 
 
 def _codes(x: Tensor, center: Tensor, scale: Tensor) -> Tensor:
-    return ((x - center[..., None, :]) / scale[..., None, :]).round().add_(CODE_ZERO).clamp_(0, LEVELS - 1)
+    return (x / scale[..., None, :] - center[..., None, :]).round().add_(CODE_ZERO).clamp_(0, LEVELS - 1)
 
 
 def _decode(codes: Tensor, center: Tensor, scale: Tensor) -> Tensor:
-    return (codes - CODE_ZERO) * scale[..., None, :] + center[..., None, :]
+    return (codes - CODE_ZERO + center[..., None, :]) * scale[..., None, :]
+
+
+class Radii(NamedTuple):
+    """Radii of n blocks: least + code * unit."""
+
+    codes: UInt8[Tensor, "*lead n frame_len slices"]
+    least: Float[Tensor, "*lead n slices"]  # float32
+    unit: Float[Tensor, "*lead n slices"]  # float32
 
 
 def encode_radii(
@@ -79,23 +115,26 @@ def encode_radii(
     valid: Bool[Tensor, "*lead n frame_len"],
     inverse_weight: Float[Tensor, "*lead n dims"],
     slice_dims: int,
-) -> tuple[UInt8[Tensor, "*lead n frame_len slices"], Float[Tensor, "*lead n slices"]]:
-    """Radius codes and units: code * unit, in real arithmetic, is at least the residual's norm in every slice."""
+) -> Radii:
+    """Radii that, in real arithmetic, are at least the residual's norm in every slice."""
     squares = residual.square() / inverse_weight.double()[..., None, :]
     parts = squares.split(slice_lengths(residual.shape[-1], slice_dims), -1)
     norms = torch.stack([p.sum(-1) for p in parts], -1).sqrt() * (1 + 2.0**-40)  # float64 rounding of the norm itself
-    unit = round_up_float32(norms.amax(-2) / (NO_BOUND - 2)).clamp_min(2.0**-100)
-    codes = (norms / unit.double()[..., None, :]).ceil() + 0.0
-    codes = codes + (codes * unit.double()[..., None, :] < norms)
+    known = valid[..., None]
+    least = round_down_float32(torch.where(known, norms, torch.inf).amin(-2))
+    least = torch.where(torch.isfinite(least) & (least >= 2.0**-100), least, 0.0)
+    above = torch.where(known, norms - least.double()[..., None, :], 0.0)
+    unit = round_up_float32(above.amax(-2) * (1 + 2.0**-20) / (NO_BOUND - 1)).clamp_min(2.0**-100)
+    codes = (above / unit.double()[..., None, :]).ceil() + 0.0
+    codes = codes + (codes * unit.double()[..., None, :] < above)
     assert (codes < NO_BOUND).all(), "a radius outgrew its unit"
-    codes = torch.where(valid[..., None], codes, float(NO_BOUND))
-    return codes.to(torch.uint8), unit
+    return Radii(torch.where(known, codes, float(NO_BOUND)).to(torch.uint8), least, unit)
 
 
 def decode_frames(
     codes: UInt8[Tensor, "*lead frame_len dims"],
-    center: Float[Tensor, "*lead dims"],
-    scale: UInt8[Tensor, "*lead dims"],
+    frame: Int[Tensor, "*lead dims"],
+    scale: UInt8[Tensor, "*lead"],
 ) -> Float[Tensor, "*lead frame_len dims"]:
-    """Sketched keys or values in float32, two roundings per element."""
-    return _decode(codes.float(), center.float(), SCALES.to(codes.device)[scale.long()])
+    """Sketched keys or values in float32, one rounding per element."""
+    return _decode(codes.float(), frame_centers(frame).float(), frame_scales(frame, scale))

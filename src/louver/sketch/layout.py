@@ -1,17 +1,20 @@
 """The sketch of one layer's cache, in the one canonical layout every backend and every file uses.
 
 A block is ``frame_len`` consecutive tokens of one KV head, counted from the row's first valid token. Per block and channel a
-frame (center in float16, scale in 8 bits) spans the range; a key is one 4-bit code per channel,
+frame (a scale, and a center that is a whole number of scales) spans the range; a key is one 4-bit code per channel,
 
-    k_d  ~  center_d + (code_d - 8) scale_d,        code in 0..15,  scale = SCALES[scale_code] = 2^(scale_code / 8 - 18)
+    k_d  ~  (center_d + code_d - 8) scale_d,        code in 0..15,  center in -512..511,
+    scale_d = SCALES[block scale - fall_d],         fall in 0..63,  SCALES[i] = 2^(i / 8 - 18),
 
-and per key and slice of the head dimension a radius bounds what the codes missed, in the metric of geometry/metric.py:
+16 bits a channel, ``center * 64 + fall``, beside 8 bits a block for its widest channel's scale. Per key and slice of the head
+dimension a radius bounds what the codes missed, in the metric of geometry/metric.py:
 
-    |(k - k_sketched)_slice|_w  <=  radius_code * radius_unit,   radius_code 255 = no bound (the key is always exact).
+    |(k - k_sketched)_slice|_w  <=  radius_least + radius_code * radius_unit,   radius_code 15 = no bound (always exact).
 
 Values have frames too (identity metric); what their codes missed is bounded per block (``value_error``), as is their distance
-from the head's mean value (``value_spread``). Nibbles: low = channels 0 .. D/2-1, high = the rest. Cost per key and channel:
-half a byte, plus 3 bytes / frame_len, plus a radius byte per slice.
+from the head's mean value (``value_spread``). Nibbles: of codes low = channels 0 .. D/2-1, high = the rest; of radii low = tokens
+0 .. ceil(frame_len/2)-1 of the block, high = the rest. Cost per key and channel: half a byte, plus 2 bytes / frame_len, plus half a
+byte per slice.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -28,9 +31,11 @@ from louver.memory import empty
 
 SCALES = torch.exp2(torch.arange(256, dtype=torch.float64) / 8 - 18).float()  # float32 values are the definition
 CODE_ZERO = 8  # the code that decodes to the frame's center
-NO_BOUND = 255  # radius code of a key that must always be exact
+FALLS = 64  # scales a channel may have: its block's widest, and eighths of an octave below it
+CENTERS = 512  # a center is a whole number of its channel's scales, from -CENTERS to CENTERS - 1
+NO_BOUND = 15  # radius code of a key that must always be exact
 MOST_TOKENS = 1024  # of a block: sums over one are proven up to here (docs/guarantee.md, 13)
-LARGEST_FRAMED = 60000.0  # magnitudes above this would overflow a float16 center
+LARGEST_FRAMED = 60000.0  # a key or value with a larger magnitude than this in any channel is always exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,8 @@ class ValueFrames(NamedTuple):
     """The values' part of a sketch."""
 
     codes: UInt8[Tensor, "owners heads blocks frame_len half"]
-    center: Float[Tensor, "owners heads blocks dims"]
-    scale: UInt8[Tensor, "owners heads blocks dims"]
+    frame: Int[Tensor, "owners heads blocks dims"]
+    scale: UInt8[Tensor, "owners heads blocks"]
     error: Float[Tensor, "owners heads blocks"]
 
 
@@ -70,15 +75,16 @@ class Sketch:
     num_blocks: Int[Tensor, " batch"]  # int32, closed blocks per row
     query_weight: Float[Tensor, "batch heads dims"]  # float32
     key_codes: UInt8[Tensor, "owners heads blocks frame_len half"]
-    key_center: Float[Tensor, "owners heads blocks dims"]  # float16
-    key_scale: UInt8[Tensor, "owners heads blocks dims"]
-    key_radius: UInt8[Tensor, "owners heads blocks frame_len slices"]
+    key_frame: Int[Tensor, "owners heads blocks dims"]  # int16, center * 64 + fall
+    key_scale: UInt8[Tensor, "owners heads blocks"]
+    key_radius: UInt8[Tensor, "owners heads blocks half_len slices"]
+    radius_least: Float[Tensor, "owners heads blocks slices"]  # float32
     radius_unit: Float[Tensor, "owners heads blocks slices"]  # float32
     value_mean: Float[Tensor, "batch heads dims"]  # float32, fixed when the first block closes
     value_spread: Float[Tensor, "owners heads blocks"]  # float32, max |v - value_mean|; +inf where values are unknown
     value_codes: UInt8[Tensor, "owners heads blocks frame_len half"] | None = None
-    value_center: Float[Tensor, "owners heads blocks dims"] | None = None
-    value_scale: UInt8[Tensor, "owners heads blocks dims"] | None = None
+    value_frame: Int[Tensor, "owners heads blocks dims"] | None = None
+    value_scale: UInt8[Tensor, "owners heads blocks"] | None = None
     value_error: Float[Tensor, "owners heads blocks"] | None = None  # float32, max |v - v_sketched|
     # Who owns blocks: a row, or, where ``pages`` is given (int32), a page that rows may share. Block b of row i is then block
     # b % capacity of page pages[i, b // capacity].
@@ -92,10 +98,10 @@ class Sketch:
     @property
     def value_frames(self) -> ValueFrames | None:
         """The sketched values, views of this sketch; None where it knows keys only."""
-        codes, center, scale, error = self.value_codes, self.value_center, self.value_scale, self.value_error
-        if codes is None or center is None or scale is None or error is None:
+        codes, frame, scale, error = self.value_codes, self.value_frame, self.value_scale, self.value_error
+        if codes is None or frame is None or scale is None or error is None:
             return None
-        return ValueFrames(codes, center, scale, error)
+        return ValueFrames(codes, frame, scale, error)
 
     @property
     def num_slices(self) -> int:
@@ -158,12 +164,13 @@ class Sketch:
 PER_BLOCK = frozenset(
     [
         "key_codes",
-        "key_center",
+        "key_frame",
         "key_scale",
         "key_radius",
+        "radius_least",
         "radius_unit",
         "value_codes",
-        "value_center",
+        "value_frame",
         "value_scale",
         "value_error",
         "value_spread",
@@ -184,17 +191,18 @@ def empty_sketch(
 
     keys = {
         "key_codes": new(*lead, config.frame_len, dims // 2, dtype=torch.uint8),
-        "key_center": new(*lead, dims, dtype=torch.float16),
-        "key_scale": new(*lead, dims, dtype=torch.uint8),
-        "key_radius": new(*lead, config.frame_len, slices, dtype=torch.uint8),
+        "key_frame": new(*lead, dims, dtype=torch.int16),
+        "key_scale": new(*lead, dtype=torch.uint8),
+        "key_radius": new(*lead, half_len(config.frame_len), slices, dtype=torch.uint8),
+        "radius_least": new(*lead, slices, dtype=torch.float32),
         "radius_unit": new(*lead, slices, dtype=torch.float32),
         "value_mean": torch.zeros(batch, num_kv_heads, dims, dtype=torch.float32, device=device),
         "value_spread": new(*lead, dtype=torch.float32),
     }
     values = {
         "value_codes": new(*lead, config.frame_len, dims // 2, dtype=torch.uint8),
-        "value_center": new(*lead, dims, dtype=torch.float16),
-        "value_scale": new(*lead, dims, dtype=torch.uint8),
+        "value_frame": new(*lead, dims, dtype=torch.int16),
+        "value_scale": new(*lead, dtype=torch.uint8),
         "value_error": new(*lead, dtype=torch.float32),
     }
     return Sketch(
@@ -216,3 +224,36 @@ def pack_nibbles(codes: UInt8[Tensor, "*shape dims"]) -> UInt8[Tensor, "*shape h
 def unpack_nibbles(packed: UInt8[Tensor, "*shape half"]) -> UInt8[Tensor, "*shape dims"]:
     """Inverse of pack_nibbles."""
     return torch.cat([packed & 15, packed >> 4], -1)
+
+
+def half_len(frame_len: int) -> int:
+    """Bytes of a block's radii in one slice: two tokens share one."""
+    return (frame_len + 1) // 2
+
+
+def pack_radii(codes: UInt8[Tensor, "*shape frame_len slices"]) -> UInt8[Tensor, "*shape half_len slices"]:
+    """Two radius codes per byte: tokens of the block's first half low, of its second half high (0 past an odd end)."""
+    half = half_len(codes.shape[-2])
+    low, high = codes[..., :half, :], codes[..., half:, :]
+    return low | torch.nn.functional.pad(high, (0, 0, 0, half - high.shape[-2])) << 4
+
+
+def unpack_radii(packed: UInt8[Tensor, "*shape half_len slices"], frame_len: int) -> UInt8[Tensor, "*shape frame_len slices"]:
+    """Inverse of pack_radii."""
+    return torch.cat([packed & 15, packed >> 4], -2)[..., :frame_len, :]
+
+
+def pack_frame(center: Int[Tensor, "*shape dims"], fall: Int[Tensor, "*shape dims"]) -> Int[Tensor, "*shape dims"]:
+    """A frame's channels in 16 bits each."""
+    return (center * FALLS + fall).to(torch.int16)
+
+
+def frame_centers(frame: Int[Tensor, "*shape dims"]) -> Int[Tensor, "*shape dims"]:
+    """Centers, int64, in the channels' own scales."""
+    return frame.long() >> 6
+
+
+def frame_scales(frame: Int[Tensor, "*shape dims"], scale: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape dims"]:
+    """Scales of a frame's channels, float32."""
+    code = scale.long()[..., None] - (frame.long() & (FALLS - 1))
+    return SCALES.to(frame.device)[code.clamp_min(0)]  # negative only in room to grow, whose content is undefined

@@ -191,7 +191,7 @@ def _mix_values(exact: Tensor, coarse: Tensor | None, v: Tensor, sketch: Sketch)
         span = num_blocks * sketch.config.frame_len
         decoded = decode_frames(
             unpack_nibbles(frames.codes[:, :, :num_blocks]),
-            frames.center[:, :, :num_blocks],
+            frames.frame[:, :, :num_blocks],
             frames.scale[:, :, :num_blocks],
         ).flatten(2, 3)[..., : v.shape[3]]
         head = torch.where(coarse[:, :, :span, None], decoded, mixed[:, :, :span])

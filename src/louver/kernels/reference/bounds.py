@@ -14,7 +14,7 @@ from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, va
 from louver.protocols import BoundSummary
 from louver.shapes import Cache, PerRow, Query
 from louver.sketch.encode import decode_frames
-from louver.sketch.layout import NO_BOUND, SCALES, Sketch, unpack_nibbles
+from louver.sketch.layout import NO_BOUND, Sketch, frame_centers, frame_scales, unpack_nibbles, unpack_radii
 
 BINS = 1024
 TOP_SHARE = 3 / 4  # of the bins lie between the mean and the largest upper bound, where the cuts are
@@ -39,7 +39,7 @@ def bounds(
     index = torch.arange(estimate.shape[2], device=q.device)
     closed = index < sketch.num_blocks[:, None] * sketch.config.frame_len
     free = closed & (index >= sinks) & (index < (length - recent)[:, None])
-    bounded = (sketch.key_radius[:, :, :num_blocks] != NO_BOUND).all(-1).flatten(2)
+    bounded = (_radii(sketch, num_blocks) != NO_BOUND).all(-1).flatten(2)
     finite = torch.isfinite(estimate + half_width).unflatten(1, (keys.shape[1], -1)).all(2)
     undecided = free[:, None] & bounded & finite
 
@@ -64,23 +64,21 @@ def _frame_bounds(q: Query, sketch: Sketch, num_blocks: int) -> tuple[Tensor, Te
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads, frame_len = sketch.key_codes.shape[1], sketch.config.frame_len
     x = torch.nn.functional.pad(q.float(), (0, sketch.dims - head_dim)).unflatten(1, (num_kv_heads, -1))
-    center = sketch.key_center[:, :, :num_blocks].float()
-    scale = SCALES.to(q.device)[sketch.key_scale[:, :, :num_blocks].long()]
+    frame, widest = sketch.key_frame[:, :, :num_blocks], sketch.key_scale[:, :, :num_blocks]
+    scale = frame_scales(frame, widest)
 
-    sketched = decode_frames(
-        unpack_nibbles(sketch.key_codes[:, :, :num_blocks]),
-        sketch.key_center[:, :, :num_blocks],
-        sketch.key_scale[:, :, :num_blocks],
-    )
+    sketched = decode_frames(unpack_nibbles(sketch.key_codes[:, :, :num_blocks]), frame, widest)
     estimate = matmul(x, sketched.flatten(2, 3).transpose(-1, -2))  # batch kv_heads group keys
 
     inverse = inverse_weight(scale, sketch.query_weight[:, :, None], sketch.config.metric)
     norms = sliced_norms(
         x[:, :, None], inverse[:, :, :, None], sketch.config.slice_dims
     )  # batch kv blocks group slices
-    radius = sketch.key_radius[:, :, :num_blocks].float().transpose(-1, -2)
-    reach = matmul(norms * sketch.radius_unit[:, :, :num_blocks, None], radius)  # batch kv blocks group frame_len
-    slack = estimate_slack(matmul(x.abs(), (center.abs() + 8 * scale).transpose(-1, -2)), head_dim)
+    least, unit = (part[:, :, :num_blocks, None] for part in (sketch.radius_least, sketch.radius_unit))
+    radius = least + _radii(sketch, num_blocks).float() * unit
+    reach = matmul(norms, radius.transpose(-1, -2))  # batch kv blocks group frame_len
+    extent = (frame_centers(frame).abs() + 8) * scale
+    slack = estimate_slack(matmul(x.abs(), extent.transpose(-1, -2)), head_dim)
     half_width = (reach * radius_inflation(head_dim)).transpose(2, 3) + slack[
         ..., None
     ]  # batch kv group blocks frame_len
@@ -88,6 +86,11 @@ def _frame_bounds(q: Query, sketch: Sketch, num_blocks: int) -> tuple[Tensor, Te
     half_width = half_width + 2 * UNIT * (estimate.abs() + half_width)  # adding the two rounds once more
     shape = (batch, num_q_heads, num_blocks * frame_len)
     return estimate.reshape(shape), half_width.reshape(shape)
+
+
+def _radii(sketch: Sketch, num_blocks: int) -> Tensor:
+    """Radius codes, uint8 [batch, kv_heads, num_blocks, frame_len, slices]."""
+    return unpack_radii(sketch.key_radius[:, :, :num_blocks], sketch.config.frame_len)
 
 
 def summarize(

@@ -9,7 +9,7 @@ from torch import Tensor
 from louver.geometry.rounding import gamma, logit_slack, norm_above, sum_inflation
 from louver.kernels.reference.joint import joint_maximum
 from louver.kernels.reference.product import matmul
-from louver.sketch.layout import SCALES, Sketch
+from louver.sketch.layout import Sketch, frame_centers, frame_scales
 
 TINY = 2.0**-125  # more than underflow can take from a weight
 SUM_BLOCK = 128  # terms summed at once, then the partial sums: the error grows with their sum, not their product
@@ -132,7 +132,7 @@ def _value_distances(tiers: Tiers) -> tuple[Tensor, Tensor, Tensor]:
     frames = sketch.value_frames
     if frames is None:
         return spread, spread, mean_norm.expand_as(spread)
-    extent = frames.center.float().abs() + 8 * SCALES.to(spread.device)[frames.scale.long()]
+    extent = (frame_centers(frames.frame).abs() + 8) * frame_scales(frames.frame, frames.scale)
     reach = spread_out(norm_above(extent))
     error = spread_out(frames.error)
     return spread, torch.where(coarse, error, spread), torch.where(coarse, reach, mean_norm)

@@ -9,7 +9,7 @@ from louver.geometry.rounding import round_up_float32
 from louver.kernels.reference.paging import contiguous
 from louver.shapes import Cache, PerRow
 from louver.sketch.encode import encode_radii, fit_frames, representable
-from louver.sketch.layout import SCALES, Sketch, pack_nibbles
+from louver.sketch.layout import Sketch, frame_scales, pack_nibbles, pack_radii
 
 
 def encode_block(
@@ -59,19 +59,20 @@ def _encode_row(keys: Tensor, values: Tensor | None, sketch: Sketch, row: int, b
         if (held := sketch.value_frames) is not None:
             frames = fit_frames(v, valid, config.clip)
             held.codes[row, :, blocks] = pack_nibbles(frames.codes)
-            held.center[row, :, blocks] = frames.center
+            held.frame[row, :, blocks] = frames.frame
             held.scale[row, :, blocks] = frames.scale
             held.error[row, :, blocks] = _largest_norm(frames.residual)
 
     frames = fit_frames(k, valid, config.clip)
     weight = sketch.query_weight[row, :, None]
-    inverse = inverse_weight(SCALES.to(k.device)[frames.scale.long()], weight, config.metric)
-    radius, unit = encode_radii(frames.residual, valid, inverse, config.slice_dims)
+    inverse = inverse_weight(frame_scales(frames.frame, frames.scale), weight, config.metric)
+    radii = encode_radii(frames.residual, valid, inverse, config.slice_dims)
     sketch.key_codes[row, :, blocks] = pack_nibbles(frames.codes)
-    sketch.key_center[row, :, blocks] = frames.center
+    sketch.key_frame[row, :, blocks] = frames.frame
     sketch.key_scale[row, :, blocks] = frames.scale
-    sketch.key_radius[row, :, blocks] = radius
-    sketch.radius_unit[row, :, blocks] = unit
+    sketch.key_radius[row, :, blocks] = pack_radii(radii.codes)
+    sketch.radius_least[row, :, blocks] = radii.least
+    sketch.radius_unit[row, :, blocks] = radii.unit
 
 
 def _largest_norm(x: Tensor) -> Tensor:
