@@ -16,7 +16,7 @@ QUANTA = 32512  # 127 * 256: the largest integer whose high and low byte are bot
 
 def rounded_query_slack(head_dim: int) -> tuple[float, float, float]:
     """Factors (scaled, centered, fixed): |score - estimate| <= scaled |q s|_1 + centered |q center|_1 + fixed."""
-    wide, narrow = gamma(head_dim + 2, TENSOR_UNIT), gamma(2 * head_dim + 4)
+    wide, narrow = gamma(head_dim + 2, TENSOR_UNIT), gamma(2 * head_dim + 6)
     scaled = 8 * (2.0**-11 + 2.0**-23) + 1.002 * (23 * wide + 8 * narrow + 96 * UNIT)
     fixed = head_dim * 2.0**-25 * (8 + 23 * wide + 8 * narrow + 1) + ABSOLUTE
     return SAFETY * scaled, SAFETY * (narrow + 4 * UNIT), SAFETY * fixed
@@ -28,6 +28,6 @@ def quantized_query_slack(head_dim: int) -> tuple[float, float, float]:
     The query is rounded to whole numbers, p = round(q s / step) with step = max|q s| / QUANTA, and multiplied with codes exactly:
     estimate = q . center + step sum((code - 8) p).
     """
-    narrow = gamma(head_dim + 8)
+    narrow = gamma(head_dim + 10)
     scaled = 8 * head_dim * (0.5 / QUANTA + 16 * UNIT)
     return SAFETY * scaled, SAFETY * (narrow + 4 * UNIT), SAFETY * (ABSOLUTE + head_dim * 2.0**-90)

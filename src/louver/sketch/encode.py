@@ -47,8 +47,9 @@ def fit_frames(
 ) -> Frames:
     """Choose a frame per block and channel for the valid tokens and code them; other tokens get the center.
 
-    x is float32. With clip, the scale is the one with the least squared error among CLIP_STEPS. No channel's scale is finer than its
-    center can be counted in, nor than the block's widest allows.
+    x is float32. With clip, the scale is the one with the least sum of errors' fourth powers among CLIP_STEPS: what a query looks
+    for stands out, so large errors cost more than their squares. No channel's scale is finer than its center can be counted in,
+    nor than the block's widest allows.
     """
     scales = SCALES.to(x.device)
     keep = valid[..., None]
@@ -60,7 +61,7 @@ def fit_frames(
 
     middle = (low + high) / 2
     full = _scale_code((high - low) / LEVELS)
-    finest = _scale_code(middle.abs() / (CENTERS - 2))
+    finest = _scale_code(middle.abs() / (CENTERS / 2 - 2))
     widest = (torch.maximum(full, finest) + CLIP_STEPS[0]).clamp(0, 255).amax(-1, keepdim=True)
     finest = torch.maximum(finest, widest - (FALLS - 1)).clamp(0, 255)
 
@@ -73,14 +74,14 @@ def fit_frames(
         code = code_at(step)
         scale = scales[code]
         center = _center(middle, scale)
-        error = (_decode(_codes(x, center, scale), center, scale) - x).square().sum(-2)
+        error = (_decode(_codes(x, center, scale), center, scale) - x).square().square().sum(-2)
         better = error < best_error
         best_error, best_code = torch.where(better, error, best_error), torch.where(better, code, best_code)
     scale = scales[best_code]
     center = _center(middle, scale)
     codes = _codes(x, center, scale)
     residual = x.double() - _decode(codes.double(), center.double(), scale.double())
-    frame = pack_frame(center.long(), widest.long() - best_code)
+    frame = pack_frame(center, widest.long() - best_code)
     return Frames(codes.to(torch.uint8), frame, widest[..., 0].to(torch.uint8), residual * keep)
 
 
@@ -90,8 +91,8 @@ def _scale_code(reach: Tensor) -> Tensor:
 
 
 def _center(middle: Tensor, scale: Tensor) -> Tensor:
-    """Codes reach a step further down than up."""
-    return (middle / scale + 0.5).round().clamp_(-CENTERS, CENTERS - 1)
+    """The center, in whole halves of the scale; codes reach a step further down than up."""
+    return (2 * (middle / scale) + 1).round().clamp_(-CENTERS, CENTERS - 1) / 2
 
 
 def _codes(x: Tensor, center: Tensor, scale: Tensor) -> Tensor:
@@ -137,4 +138,4 @@ def decode_frames(
     scale: UInt8[Tensor, "*lead"],
 ) -> Float[Tensor, "*lead frame_len dims"]:
     """Sketched keys or values in float32, one rounding per element."""
-    return _decode(codes.float(), frame_centers(frame).float(), frame_scales(frame, scale))
+    return _decode(codes.float(), frame_centers(frame), frame_scales(frame, scale))

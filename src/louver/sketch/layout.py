@@ -1,9 +1,9 @@
 """The sketch of one layer's cache, in the one canonical layout every backend and every file uses.
 
 A block is ``frame_len`` consecutive tokens of one KV head, counted from the row's first valid token. Per block and channel a
-frame (a scale, and a center that is a whole number of scales) spans the range; a key is one 4-bit code per channel,
+frame (a scale, and a center that is a whole number of half scales) spans the range; a key is one 4-bit code per channel,
 
-    k_d  ~  (center_d + code_d - 8) scale_d,        code in 0..15,  center in -512..511,
+    k_d  ~  (center_d / 2 + code_d - 8) scale_d,    code in 0..15,  center in -512..511,
     scale_d = SCALES[block scale - fall_d],         fall in 0..63,  SCALES[i] = 2^(i / 8 - 18),
 
 16 bits a channel, ``center * 64 + fall``, beside 8 bits a block for its widest channel's scale. Per key and slice of the head
@@ -32,7 +32,7 @@ from louver.memory import empty
 SCALES = torch.exp2(torch.arange(256, dtype=torch.float64) / 8 - 18).float()  # float32 values are the definition
 CODE_ZERO = 8  # the code that decodes to the frame's center
 FALLS = 64  # scales a channel may have: its block's widest, and eighths of an octave below it
-CENTERS = 512  # a center is a whole number of its channel's scales, from -CENTERS to CENTERS - 1
+CENTERS = 512  # a center is a whole number of its channel's half scales, from -CENTERS to CENTERS - 1
 NO_BOUND = 15  # radius code of a key that must always be exact
 MOST_TOKENS = 1024  # of a block: sums over one are proven up to here (docs/guarantee.md, 13)
 LARGEST_FRAMED = 60000.0  # a key or value with a larger magnitude than this in any channel is always exact
@@ -243,14 +243,14 @@ def unpack_radii(packed: UInt8[Tensor, "*shape half_len slices"], frame_len: int
     return torch.cat([packed & 15, packed >> 4], -2)[..., :frame_len, :]
 
 
-def pack_frame(center: Int[Tensor, "*shape dims"], fall: Int[Tensor, "*shape dims"]) -> Int[Tensor, "*shape dims"]:
-    """A frame's channels in 16 bits each."""
-    return (center * FALLS + fall).to(torch.int16)
+def pack_frame(center: Float[Tensor, "*shape dims"], fall: Int[Tensor, "*shape dims"]) -> Int[Tensor, "*shape dims"]:
+    """A frame's channels in 16 bits each; centers in scales."""
+    return ((2 * center).long() * FALLS + fall).to(torch.int16)
 
 
-def frame_centers(frame: Int[Tensor, "*shape dims"]) -> Int[Tensor, "*shape dims"]:
-    """Centers, int64, in the channels' own scales."""
-    return frame.long() >> 6
+def frame_centers(frame: Int[Tensor, "*shape dims"]) -> Float[Tensor, "*shape dims"]:
+    """Centers in the channels' own scales, float32, exact."""
+    return (frame.long() >> 6).float() / 2
 
 
 def frame_scales(frame: Int[Tensor, "*shape dims"], scale: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape dims"]:
