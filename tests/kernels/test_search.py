@@ -17,7 +17,15 @@ from helpers import (
 from louver.geometry.metric import inverse_weight
 from louver.kernels import available_backends, get_ops
 from louver.sketch import SketchConfig
-from louver.sketch.layout import NO_BOUND, SCALES, pack_nibbles, unpack_nibbles
+from louver.sketch.layout import (
+    NO_BOUND,
+    frame_centers,
+    frame_scales,
+    pack_frame,
+    pack_nibbles,
+    unpack_nibbles,
+    unpack_radii,
+)
 from strategies import cases, generator, seeds
 
 backends = pytest.mark.parametrize("backend", available_backends())
@@ -64,16 +72,19 @@ def test_the_bound_holds_and_is_nearly_attained_along_a_residual(backend, case, 
     sketch, ops = index.sketch, get_ops(backend)
     head %= case.keys.shape[1]
     for block in range(int(sketch.num_blocks.min())):
-        codes, center, scale = (x[0, head, block] for x in (sketch.key_codes, sketch.key_center, sketch.key_scale))
-        decoded = (unpack_nibbles(codes).double() - 8) * SCALES[scale.long()].double() + center.double()
-        radius = sketch.key_radius[0, head, block, :, 0].int()
-        token = int(torch.where(radius < NO_BOUND, radius, -1).argmax())
+        codes, frame, widest = (x[0, head, block] for x in (sketch.key_codes, sketch.key_frame, sketch.key_scale))
+        scale = frame_scales(frame, widest)
+        decoded = (unpack_nibbles(codes).double() - 8 + frame_centers(frame).double()) * scale.double()
+        radius = unpack_radii(sketch.key_radius[0, head, block], case.config.frame_len)[:, 0].int()
         span = slice(block * case.config.frame_len, (block + 1) * case.config.frame_len)
         keys = torch.nn.functional.pad(case.keys[0, head, span].double(), (0, decoded.shape[-1] - case.keys.shape[-1]))
+        inverse = inverse_weight(scale, sketch.query_weight[0, head], metric).double()
+        norms = ((keys - decoded).square() / inverse).sum(-1)
+        token = int(torch.where(radius < NO_BOUND, norms, -1).argmax())  # the one whose radius is not rounded up
         residual = (keys - decoded)[token]
         if not torch.isfinite(residual).all() or radius[token] == NO_BOUND or residual.norm() == 0:
             continue
-        along = residual / inverse_weight(SCALES[scale.long()], sketch.query_weight[0, head], metric).double()
+        along = residual / inverse
         along = along[: case.keys.shape[-1]] / along.norm()
         for sign in (1, -1):
             q = torch.zeros(case.q.shape)
@@ -83,7 +94,7 @@ def test_the_bound_holds_and_is_nearly_attained_along_a_residual(backend, case, 
             true = q[at[:2]].double() @ keys[token, : q.shape[-1]]
             assert bounds.lower[at].double() <= true <= bounds.upper[at].double()
             edge = bounds.upper[at] if sign > 0 else bounds.lower[at]
-            tolerance = 2e-3 * residual.norm() + 1e-4 * decoded[token].norm() + 1e-4 * center.double().norm()
+            tolerance = 2e-3 * residual.norm() + 1e-4 * (frame_centers(frame).abs() + 8).mul(scale).double().norm()
             if backend == "reference":  # others may round the query, and pay for it in width
                 assert (edge.double() - true).abs() <= tolerance + 1e-7, "the bound is looser than its radius"
 
@@ -96,14 +107,15 @@ def test_a_sketch_that_misses_nothing_still_allows_for_rounding(backend, seed, h
     case = build_case(seed, kv_len=32, head_dim=head_dim, batch=1)
     sketch = case.index(backend).sketch
     codes = torch.randint(16, (1, 2, 2, 16, sketch.dims), generator=random)
-    center = (offset * torch.randn(1, 2, 2, sketch.dims, generator=random)).half()
+    center = (offset * torch.randn(1, 2, 2, sketch.dims, generator=random)).round().clamp(-512, 511) / 2
     octave = torch.randint(12, 20, (1, 2, 2, sketch.dims), generator=random)
-    keys = (codes - 8) * (2.0 ** (octave - 18))[..., None, :].double() + center.double()[..., None, :]
+    keys = (codes - 8 + center[..., None, :]).double() * (2.0 ** (octave - 18))[..., None, :].double()
     exact = (keys.float().double() == keys).all(-1)
     sketch.key_codes.copy_(pack_nibbles(codes.byte()))
-    sketch.key_center.copy_(center)
-    sketch.key_scale.copy_((8 * octave).byte())
+    sketch.key_frame.copy_(pack_frame(center, 8 * (19 - octave)))
+    sketch.key_scale.fill_(8 * 19)
     sketch.key_radius.zero_()
+    sketch.radius_least.zero_()
     sketch.radius_unit.fill_(2.0**-100)
     stored = keys[..., :head_dim].flatten(2, 3)
     bounds = get_ops(backend).bounds(case.q, stored.float(), sketch, case.kv_start, case.kv_len, 1.0)

@@ -238,7 +238,9 @@ def pack_radii(codes: UInt8[Tensor, "*shape frame_len slices"]) -> UInt8[Tensor,
     return low | torch.nn.functional.pad(high, (0, 0, 0, half - high.shape[-2])) << 4
 
 
-def unpack_radii(packed: UInt8[Tensor, "*shape half_len slices"], frame_len: int) -> UInt8[Tensor, "*shape frame_len slices"]:
+def unpack_radii(
+    packed: UInt8[Tensor, "*shape half_len slices"], frame_len: int
+) -> UInt8[Tensor, "*shape frame_len slices"]:
     """Inverse of pack_radii."""
     return torch.cat([packed & 15, packed >> 4], -2)[..., :frame_len, :]
 
