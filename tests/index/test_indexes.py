@@ -204,7 +204,7 @@ def test_few_keys_are_scanned_where_few_matter(backend):
     index = SketchIndex.build(keys, config=SketchConfig(), backend=backend)
     scores = (case.q.unflatten(1, (2, 2)) @ keys.mT).flatten(1, 2)
     found = index.search(case.q, scores.topk(20, -1).values[..., -1])
-    assert found.scanned_fraction < 0.2
+    assert found.scanned_fraction < 0.22
     assert 20 / 2048 <= found.selected_fraction < 21 / 2048
 
 

@@ -158,7 +158,7 @@ def test_the_file_is_canonical(prompts, tmp_path):
     cache = attach(model, layer=short_blocks("exact:0.05", reserve_tokens=500))
     step(model, cache, prompts.single["input_ids"])
     cache.save(tmp_path / "cache")
-    tensors, facts = read_tensors(tmp_path / "cache", "louver-cache-1")
+    tensors, facts = read_tensors(tmp_path / "cache", "louver-cache-2")
     kv_len = cache.get_seq_length()
     assert tensors["layers.1.keys"].shape == (1, 2, kv_len, 64)
     assert tensors["layers.0.sketch.key_codes"].shape == (1, 2, kv_len // 8, 8, 32)
@@ -240,7 +240,7 @@ class TestRefusals:
         file, config = saved
         tensors = load_file(file)
         save_file(tensors, file)
-        with pytest.raises(CacheFileError, match="louver-cache-1"):
+        with pytest.raises(CacheFileError, match="louver-cache-2"):
             LouverCache.load(file, config)
 
     def test_a_store_without_its_path(self, saved):

@@ -51,7 +51,9 @@ class Frames:
     more_bits: int = 4
     frame_len: int = 128
     slice_dims: int = 64
-    radius_bits: int = 8
+    radius_bits: int = 4
+    center_steps: int | None = 2  # a center is a whole number of a scale's 1/center_steps; None: a float16 number
+    power: int = 4  # of the errors whose sum the choice of a scale minimises
     clip: bool = True
     metric: CodecMetric = "frame"
 
@@ -62,7 +64,7 @@ class Frames:
         padded = torch.cat([keys, keys[:, -1:].expand(-1, short, -1)], 1).double()
         x = padded.unflatten(1, (-1, self.frame_len))
         levels = 2**self.bits
-        center, scale = _fit(x, levels, self.clip)
+        center, scale = self._fit(x, levels)
         first = _code(x - center, scale, levels) + center
         fine = scale / 2**self.more_bits
         middle = first + fine / 2  # codes reach a step further down than up
@@ -71,11 +73,12 @@ class Frames:
         inverse = inverse_weight(scale[:, :, 0], weight, _frame_metric(self.metric))
         slices = len(slice_lengths(dims, self.slice_dims))
         radius_bytes = slices * self.radius_bits / 8
-        overhead = (3 * dims + 4 * slices) / self.frame_len
+        frame = 3 * dims if self.center_steps is None else 2 * dims + 1
+        overhead = (frame + 8 * slices) / self.frame_len
         planes = []
         for decoded, bytes_per_key in (
             (first, dims * self.bits / 8 + radius_bytes + overhead),
-            (second, dims * self.more_bits / 8 + radius_bytes),
+            (second, dims * self.more_bits / 8 + radius_bytes + 8 * slices / self.frame_len),
         ):
             radius = _radii(x - decoded, inverse[:, :, None], self.slice_dims, self.radius_bits)
             planes.append(
@@ -89,6 +92,28 @@ class Frames:
                 )
             )
         return planes
+
+    def _fit(self, x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+        """Center and scale (eighths of an octave) per block and channel, as sketch/encode.py chooses them."""
+        low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
+        full = (8 * torch.log2(((high - low) / levels).clamp_min(2.0**-30))).ceil()
+        best = None
+        for step in CLIP_STEPS if self.clip else CLIP_STEPS[:1]:
+            scale = torch.exp2((full + step) / 8)
+            center = (low + high + scale) / 2
+            if self.center_steps is None:
+                center = center.half().double()
+            else:
+                center = (center / scale * self.center_steps).round() * scale / self.center_steps
+            error = (x - center - _code(x - center, scale, levels)).abs().pow(self.power).sum(-2, keepdim=True)
+            found = (error, center, scale)
+            best = (
+                found
+                if best is None
+                else tuple(torch.where(error < best[0], *pair) for pair in zip(found, best, strict=True))
+            )
+        assert best is not None
+        return best[1], best[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,8 +200,11 @@ CODECS = {
     "frames-unclipped": Frames(clip=False),
     "frames-radius-32": Frames(slice_dims=32),
     "frames-radius-16": Frames(slice_dims=16),
-    "frames-radius-4bit": Frames(radius_bits=4),
+    "frames-radius-8bit": Frames(radius_bits=8),
     "frames-radius-16bit": Frames(radius_bits=16),
+    "frames-center-float16": Frames(center_steps=None),
+    "frames-center-whole": Frames(center_steps=1),
+    "frames-squares": Frames(power=2),
     "frames-3bit": Frames(bits=3),
     "frames-2+2": Frames(
         bits=2, more_bits=2
@@ -193,24 +221,6 @@ METRICS: dict[type, tuple[CodecMetric, ...]] = {
 }
 
 
-def _fit(x: Tensor, levels: int, clip: bool) -> tuple[Tensor, Tensor]:
-    """Center (float16) and scale (eighths of an octave) per block and channel, as sketch/encode.py chooses them."""
-    low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
-    full = (8 * torch.log2(((high - low) / levels).clamp_min(2.0**-30))).ceil()
-    best = None
-    for step in CLIP_STEPS if clip else CLIP_STEPS[:1]:
-        scale = torch.exp2((full + step) / 8)
-        center = ((low + high + scale) / 2).half().double()
-        error = (x - center - _code(x - center, scale, levels)).square().sum(-2, keepdim=True)
-        if best is None:
-            best = (error, center, scale)
-        else:
-            better = error < best[0]
-            best = tuple(torch.where(better, new, old) for new, old in zip((error, center, scale), best, strict=True))
-    assert best is not None
-    return best[1], best[2]
-
-
 def _code(x: Tensor, scale: Tensor, levels: int) -> Tensor:
     """x as its nearest code in -levels/2 .. levels/2 - 1, decoded."""
     return (x / scale).round().clamp(-levels // 2, levels // 2 - 1) * scale
@@ -221,11 +231,12 @@ def _step_up(x: Tensor) -> Tensor:
 
 
 def _radii(missed: Tensor, inverse: Tensor, slice_dims: int, bits: int) -> Tensor:
-    """Norms of what was missed per slice, rounded up to a multiple of the block's largest / (2^bits - 3)."""
+    """Norms of what was missed per slice, rounded up to one of 2^bits - 1 steps from the block's least to its largest."""
     parts = (missed.square() / inverse).split(slice_lengths(missed.shape[-1], slice_dims), -1)
     norms = torch.stack([p.sum(-1) for p in parts], -1).sqrt() * (1 + ROUNDING)
-    unit = norms.amax(-2, keepdim=True).clamp_min(2.0**-100) / (2**bits - 3)
-    return (norms / unit).ceil() * unit * (1 + ROUNDING)
+    least = norms.amin(-2, keepdim=True)
+    unit = (norms - least).amax(-2, keepdim=True).clamp_min(2.0**-100) / (2**bits - 2)
+    return (least + ((norms - least) / unit).ceil() * unit) * (1 + ROUNDING)
 
 
 def _frame_metric(metric: CodecMetric) -> Literal["frame", "diagonal", "identity"]:

@@ -1,6 +1,6 @@
 """A LouverCache in one file: a prompt processed once goes on in another process, with identical tokens.
 
-The file is safetensors of the form "louver-cache-1". Per served layer it holds what ``LouverAttention.state`` names: exact keys and
+The file is safetensors of the form "louver-cache-2". Per served layer it holds what ``LouverAttention.state`` names: exact keys and
 values, padding and the sketch in its canonical layout with its metric weights and mean values. Layers that are transformers' own
 (sliding windows, linear attention) keep their tensors and settings as they are. ``facts`` tells the model by its shape.
 """
@@ -23,7 +23,7 @@ from louver.sketch.layout import SketchConfig
 if TYPE_CHECKING:
     from louver.integrations.transformers.cache import LouverCache
 
-FORM = "louver-cache-1"
+FORM = "louver-cache-2"
 # What makes keys and values of one model meaningless to another, as far as a config can tell. Weights are not compared.
 _MODEL_FIELDS = (
     "model_type",
