@@ -74,27 +74,27 @@ class Sketch {
   public:
     Sketch(std::vector<MaybeArray> arrays, int64_t frame_len, int64_t head_dim, int metric, bool clip)
         : arrays_(std::move(arrays)) {
-        require(arrays_.size() == 14, "a sketch has 14 tensors");
+        require(arrays_.size() == 15, "a sketch has 15 tensors");
         for (size_t i = 0; i < arrays_.size(); ++i) {
-            require(arrays_[i].has_value() || i > 8, "only the coded values and the pages of a sketch may be missing");
+            require(arrays_[i].has_value() || i > 9, "only the coded values and the pages of a sketch may be missing");
             require(!arrays_[i] || contiguous(*arrays_[i]), "a sketch's tensors are contiguous");
         }
         const Array& codes = *arrays_[2];
-        require(codes.ndim() == 5 && arrays_[6]->ndim() == 4, "a sketch's tensors are laid out as in sketch/layout.py");
+        require(codes.ndim() == 5 && arrays_[7]->ndim() == 4, "a sketch's tensors are laid out as in sketch/layout.py");
         view.batch = static_cast<int64_t>(arrays_[0]->shape(0));
         view.heads = codes.shape(1), view.capacity = codes.shape(2);
-        if (arrays_[13]) view.pages = at<int32_t>(13), view.table_width = arrays_[13]->shape(1);
+        if (arrays_[14]) view.pages = at<int32_t>(14), view.table_width = arrays_[14]->shape(1);
         view.frame_len = frame_len, view.head_dim = head_dim, view.dims = 2 * static_cast<int64_t>(codes.shape(4));
-        view.slices = arrays_[6]->shape(3);
+        view.slices = arrays_[7]->shape(3);
         require(view.dims <= 1024, "head_dim above 1024 is not supported by the cpu backend");
         view.metric = static_cast<Metric>(metric), view.clip = clip;
-        view.coded_values = arrays_[9].has_value();
+        view.coded_values = arrays_[10].has_value();
         view.num_blocks = at<int32_t>(0), view.query_weight = at<float>(1);
-        view.key_codes = at<uint8_t>(2), view.key_center = at<uint16_t>(3), view.key_scale = at<uint8_t>(4);
-        view.key_radius = at<uint8_t>(5), view.radius_unit = at<float>(6);
-        view.value_mean = at<float>(7), view.value_spread = at<float>(8);
-        view.value_codes = at<uint8_t>(9), view.value_center = at<uint16_t>(10);
-        view.value_scale = at<uint8_t>(11), view.value_error = at<float>(12);
+        view.key_codes = at<uint8_t>(2), view.key_frame = at<int16_t>(3), view.key_scale = at<uint8_t>(4);
+        view.key_radius = at<uint8_t>(5), view.radius_least = at<float>(6), view.radius_unit = at<float>(7);
+        view.value_mean = at<float>(8), view.value_spread = at<float>(9);
+        view.value_codes = at<uint8_t>(10), view.value_frame = at<int16_t>(11);
+        view.value_scale = at<uint8_t>(12), view.value_error = at<float>(13);
     }
     SketchView view;
 

@@ -42,18 +42,21 @@ struct SketchView {
     int32_t* num_blocks = nullptr;        // [batch]
     const float* query_weight = nullptr;  // [batch, heads, dims]
     uint8_t* key_codes = nullptr;         // [.., frame_len, dims / 2]
-    uint16_t* key_center = nullptr;       // [.., dims], float16
-    uint8_t* key_scale = nullptr;         // [.., dims]
-    uint8_t* key_radius = nullptr;        // [.., frame_len, slices]
+    int16_t* key_frame = nullptr;         // [.., dims], center * 64 + fall
+    uint8_t* key_scale = nullptr;         // [..]
+    uint8_t* key_radius = nullptr;        // [.., half_len, slices]
+    float* radius_least = nullptr;        // [.., slices]
     float* radius_unit = nullptr;         // [.., slices]
     const float* value_mean = nullptr;    // [batch, heads, dims]
     float* value_spread = nullptr;        // [..]
     bool coded_values = false;            // the four below are there
     uint8_t* value_codes = nullptr;
-    uint16_t* value_center = nullptr;
+    int16_t* value_frame = nullptr;
     uint8_t* value_scale = nullptr;
     float* value_error = nullptr;
 
+    // Bytes of a block's radii in one slice: two tokens share one.
+    int64_t half_len() const { return (frame_len + 1) / 2; }
     int64_t block(int64_t row, int64_t head, int64_t index) const {
         if (pages == nullptr) return (row * heads + head) * capacity + index;
         const int64_t page = pages[row * table_width + index / capacity];
@@ -66,7 +69,7 @@ struct SketchView {
     }
 };
 
-constexpr int kNoBound = 255;
+constexpr int kNoBound = 15;
 constexpr float kLargestFramed = 60000.0f;
 
 // Where a step's evidence goes; [batch, num_q_heads] each, float32.

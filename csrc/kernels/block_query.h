@@ -3,7 +3,9 @@
 #pragma once
 
 #include <cmath>
+
 #include "kernels/codes.h"
+#include "kernels/frames.h"
 #include "kernels/query.h"
 
 namespace louver::LOUVER_ISA {
@@ -19,19 +21,6 @@ LOUVER_INLINE void copy_bytes(void* to, const void* from, int64_t n) {
     }
 }
 
-// SCALES[code] of sketch/layout.py: eighths of an octave; powers of two scale without rounding.
-LOUVER_INLINE Floats scales_of(Bytes codes) {
-    alignas(64) static constexpr float kEighths[16] = {1.0f,          0x1.172b84p0f, 0x1.306fep0f,  0x1.4bfdaep0f,
-                                                       0x1.6a09e6p0f, 0x1.8ace54p0f, 0x1.ae89fap0f, 0x1.d5818ep0f};
-    const Ints code = (Ints) __builtin_convertvector(codes, UInts);
-#if defined(__AVX2__)
-    const Floats eighths = __builtin_shuffle(load<Floats>(kEighths), code & 7);
-#else
-    const Floats eighths = gather(kEighths, code & 7);
-#endif
-    return as_float(as_int(eighths) + (((code >> 3) - 18) << 23));
-}
-
 constexpr int64_t kMaxDims = 1024;
 
 inline int64_t padded_frame(int64_t frame_len) { return (frame_len + kCodeTokens - 1) / kCodeTokens * kCodeTokens; }
@@ -42,7 +31,7 @@ struct BlockQuery {
     float* bias = nullptr;       // [group], sum q (z - s/2)
     float* half_step = nullptr;  // [group]
     int32_t* offset = nullptr;   // [group], 15 N
-    float* slack = nullptr;      // [group]
+    float* slack = nullptr;      // [group], what is not the radii's, and the radii's least
     float* reach = nullptr;      // [group, slices], inflated norm times radius unit
     bool finite = true;          // false: some bound could leave float32's range, so every key is exact
 };
@@ -120,11 +109,15 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
     return scan;
 }
 
-// Inflated norms per slice, in the block's metric, times the radius units, of up to four heads from g on.
+// Inflated norms per slice, in the block's metric, times the radius units, of up to four heads from g on; and times the
+// least radii, of all slices, into least.
 template <int kHeads>
-LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, const float* radius_unit) {
+LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, int64_t index, float* least) {
     const SketchView& sketch = *scan.sketch;
-    const float inflation = 1 + kSafety * gamma(static_cast<float>(sketch.dims + 16));
+    const float inflation = 1 + kSafety * gamma(static_cast<float>(sketch.dims + 18));
+    const float *radius_unit = sketch.radius_unit + index * sketch.slices,
+                *radius_least = sketch.radius_least + index * sketch.slices;
+    double total_least[4] = {};  // wide: as many additions in float32 again would need a margin of their own
     const bool frame = sketch.metric == Metric::frame;
     for (int64_t s = 0; s < sketch.slices; ++s) {
         const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
@@ -144,14 +137,17 @@ LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, const float* radius_unit) 
         }
         for (int h = 0; h < kHeads; ++h) {
             const int64_t at = (g + h) * sketch.slices + s;
-            scan.block.reach[at] = std::sqrt(squares[h]) * scan.peak[at] * radius_unit[s] * inflation;
+            const float norm = std::sqrt(squares[h]) * scan.peak[at] * inflation;
+            scan.block.reach[at] = norm * radius_unit[s];
+            total_least[h] += static_cast<double>(norm) * static_cast<double>(radius_least[s]);
         }
     }
+    for (int h = 0; h < kHeads; ++h) least[h] = static_cast<float>(total_least[h]);
 }
 
 // The block's queries of up to four heads from g on. block_norm >= | |z| + 8 s |.
 template <int kHeads>
-LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const float* radius_unit) {
+LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, int64_t index) {
     const int64_t padded = scan.group.padded, slices = scan.sketch->slices;
     const float chain = static_cast<float>(padded / kLanes);
     const float levels = scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
@@ -165,7 +161,7 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
             bias[h] += x * shifted;
         }
     }
-    alignas(16) float top[4], bias_sum[4], missed_sum[4], count_sum[4];
+    alignas(16) float top[4], bias_sum[4], missed_sum[4], count_sum[4], least[4];
     largest4(peak, top);
     sum4(bias, bias_sum);
     float step[4], inverse[4];
@@ -196,7 +192,7 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
     }
     sum4(missed, missed_sum);
     sum4(count, count_sum);
-    slice_reach<kHeads>(scan, g, radius_unit);
+    slice_reach<kHeads>(scan, g, index, least);
     for (int h = 0; h < kHeads; ++h) {
         for (int plane = 0; plane < scan.planes && !direct; ++plane) {
             int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * scan.half_padded;
@@ -209,10 +205,11 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
         // Of a query that is not finite there is no count; its step is not finite either, so no bound of it excludes a
         // key.
         scan.block.offset[g + h] = std::abs(count_sum[h]) < 1e8f ? 15 * static_cast<int32_t>(count_sum[h]) : 0;
-        scan.block.slack[g + h] =
+        const float slack =
             7.5f * missed_sum[h] * (1 + kSafety * gamma(chain + 16)) + kSafety * gamma(chain + 52) * reach + kAbsolute;
-        float widest = 4 * reach;
-        for (int64_t s = 0; s < slices; ++s) widest += 255 * scan.block.reach[(g + h) * slices + s];
+        scan.block.slack[g + h] = slack + least[h];
+        float widest = 4 * reach + least[h];
+        for (int64_t s = 0; s < slices; ++s) widest += kNoBound * scan.block.reach[(g + h) * slices + s];
         if (!(widest < 1e37f)) scan.block.finite = false;
     }
 }
@@ -221,34 +218,22 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, const 
 inline void prepare_block(Scan& scan, int64_t index) {
     const SketchView& sketch = *scan.sketch;
     const int64_t padded = scan.group.padded, dims = sketch.dims;
-    const uint16_t* center = sketch.key_center + index * dims;
-    const uint8_t* codes = sketch.key_scale + index * dims;
+    const int16_t* frame = sketch.key_frame + index * dims;
     Floats extent = {};
     for (int64_t d = 0; d < padded; d += kLanes) {
-        Bytes code = {};
-        Shorts half = {};
-        const int64_t n = dims - d;
-        if (n >= kLanes) {
-            code = load<Bytes>(codes + d), half = load<Shorts>(center + d);
-        } else {
-            std::memcpy(&code, codes + d, static_cast<size_t>(n));
-            std::memcpy(&half, center + d, static_cast<size_t>(2 * n));
-        }
-        Floats s = scales_of(code);
-        if (n < kLanes) s = select(first_lanes(n), s, splat(0));
-        const Floats z = from_half(half), reach = abs(z) + 8.0f * s;
-        store(scan.scale + d, s);
-        store(scan.shifted + d, z - 0.5f * s);
+        const FrameLanes lanes = frame_lanes(frame + d, sketch.key_scale[index], dims - d);
+        const Floats reach = (0.5f * abs(lanes.center) + 8.0f) * lanes.scale;
+        store(scan.scale + d, lanes.scale);
+        store(scan.shifted + d, 0.5f * (lanes.center - 1.0f) * lanes.scale);
         extent += reach * reach;
     }
     const float block_norm = std::sqrt(sum(extent)) * kNormInflation + kTinyNorm;
-    const float* unit = sketch.radius_unit + index * sketch.slices;
     scan.block.finite = true;
     int64_t g = 0;
-    for (; g + 4 <= scan.group.size; g += 4) round_queries<4>(scan, g, block_norm, unit);
-    if (scan.group.size - g == 1) round_queries<1>(scan, g, block_norm, unit);
-    if (scan.group.size - g == 2) round_queries<2>(scan, g, block_norm, unit);
-    if (scan.group.size - g == 3) round_queries<3>(scan, g, block_norm, unit);
+    for (; g + 4 <= scan.group.size; g += 4) round_queries<4>(scan, g, block_norm, index);
+    if (scan.group.size - g == 1) round_queries<1>(scan, g, block_norm, index);
+    if (scan.group.size - g == 2) round_queries<2>(scan, g, block_norm, index);
+    if (scan.group.size - g == 3) round_queries<3>(scan, g, block_norm, index);
 }
 
 }  // namespace louver::LOUVER_ISA

@@ -6,109 +6,21 @@
 #include <cstdlib>
 
 #include "kernels/exact.h"
+#include "kernels/fit.h"
 #include "kernels/scan.h"
 #include "kernels/schedule.h"
 
 namespace louver::LOUVER_ISA {
 
 constexpr double kNormSlack = 1 + 0x1p-40;
-constexpr int kClipSteps = 7;  // the scale that spans the range, one eighth of an octave above it, and five below
-
-inline float scale_of(int code) {
-    Bytes x = {};
-    x[0] = static_cast<uint8_t>(code);
-    return scales_of(x)[0];
-}
 
 inline float round_up(double x) {
     const float y = static_cast<float>(x);
     return y < x ? std::nextafterf(y, kInfinity) : y;
 }
-
-// One block of n tokens x dims channels in float32 (row-major, rows padded), and which tokens a frame can hold.
-struct Block {
-    const float* x;
-    const uint8_t* valid;
-    int64_t tokens, dims, padded;
-};
-
-// Codes of kLanes channels of one token in a frame: round((x - center) / scale) + 8, within 0..15, as floats.
-LOUVER_INLINE Floats code_lanes(Floats x, Floats center, Floats inverse_scale) {
-    const Floats y = (x - center) * inverse_scale;
-    return to_float(round_to_int(min(max(y, splat(-8.0f)), splat(7.0f))));
-}
-
-// Fit a frame to kLanes channels; write centers (float16) and scale codes, and codes - 8 to codes [tokens, padded].
-// column holds kLanes floats a token: rows of a power of two of bytes would fight for the same places of the
-// first-level cache.
-inline void fit_channels(const Block& block, int64_t d, bool clip, uint16_t* center_out, uint8_t* scale_out,
-                         float* codes, float* column) {
-    Floats low = splat(kInfinity), high = splat(-kInfinity);
-    int64_t n = 0;
-    for (int64_t i = 0; i < block.tokens; ++i) {
-        if (!block.valid[i]) continue;
-        const Floats x = load<Floats>(block.x + i * block.padded + d);
-        low = min(low, x), high = max(high, x);
-        store(column + kLanes * n++, x);
-    }
-    const Ints empty = low > high;
-    low = select(empty, splat(0), low), high = select(empty, splat(0), high);
-    const Floats middle = (low + high) * 0.5f, range = (high - low) * (1.0f / 16);
-    Ints full;
-    for (int lane = 0; lane < kLanes; ++lane) {
-        const float reach = range[lane] > 0x1p-30f ? range[lane] : 0x1p-30f;
-        full[lane] = static_cast<int>(std::ceil(8 * (std::log2(reach) + 18)));
-    }
-    Floats best_error = splat(kInfinity), best_scale = {}, best_center = {};
-    Ints best_code = {};
-    for (int step = 0; step < (clip ? kClipSteps : 1); ++step) {
-        Ints code = full + (1 - step);
-        code = code < 0 ? Ints{} : code > 255 ? Ints{} + 255 : code;
-        const Floats scale = scales_of(__builtin_convertvector((UInts)code, Bytes));
-        const Floats center = from_half(to_halves(middle + 0.5f * scale)), inverse = 1.0f / scale;
-        auto squared_miss = [&](int64_t i) LOUVER_ALWAYS_INLINE {
-            const Floats x = load<Floats>(column + kLanes * i);
-            const Floats miss = x - (code_lanes(x, center, inverse) * scale + center);
-            return miss * miss;
-        };
-        Floats error = {}, other = {};  // two, because each addition waits for the one before it
-        int64_t i = 0;
-        for (; i + 2 <= n && clip; i += 2) error += squared_miss(i), other += squared_miss(i + 1);
-        if (i < n && clip) error += squared_miss(i);
-        error += other;
-        const Ints better = clip ? error < best_error : ~Ints{};
-        best_error = select(better, error, best_error);
-        best_scale = select(better, scale, best_scale), best_center = select(better, center, best_center);
-        best_code = better ? code : best_code;
-    }
-    const Floats inverse = 1.0f / best_scale;
-    for (int64_t i = 0; i < block.tokens; ++i) {
-        const Floats x = load<Floats>(block.x + i * block.padded + d);
-        store(codes + i * block.padded + d, block.valid[i] ? code_lanes(x, best_center, inverse) : splat(0));
-    }
-    for (int lane = 0; lane < kLanes && d + lane < block.dims; ++lane) {
-        center_out[d + lane] = to_half(best_center[lane]);
-        scale_out[d + lane] = static_cast<uint8_t>(best_code[lane]);
-    }
-}
-
-// Fit and pack a block; codes [tokens, padded] keeps codes - 8 for the norms.
-inline void fit_block(const Block& block, bool clip, uint8_t* packed, uint16_t* center, uint8_t* scale, float* codes,
-                      float* column) {
-    const int64_t half = block.dims / 2, padded = block.padded, tokens = block.tokens;
-    for (int64_t d = 0; d < padded; d += kLanes) fit_channels(block, d, clip, center, scale, codes, column);
-    for (int64_t i = 0; i < tokens; ++i) {
-        const float *low = codes + i * padded, *high = low + half;
-        int64_t j = 0;
-        for (; j + kLanes <= half; j += kLanes) {
-            const Ints a = round_to_int(load<Floats>(low + j)) + 8, b = round_to_int(load<Floats>(high + j)) + 8;
-            store_bytes(packed + i * half + j, a | b << 4);
-        }
-        for (; j < half; ++j) {
-            const int code = (static_cast<int>(low[j]) + 8) | (static_cast<int>(high[j]) + 8) << 4;
-            packed[i * half + j] = static_cast<uint8_t>(code);
-        }
-    }
+inline float round_down(double x) {
+    const float y = static_cast<float>(x);
+    return y > x ? std::nextafterf(y, -kInfinity) : y;
 }
 
 constexpr int kHalfLanes = kLanes / 2;
@@ -117,16 +29,16 @@ typedef double Doubles __attribute__((vector_size(8 * kHalfLanes)));
 
 LOUVER_INLINE Doubles widen(const float* p) { return __builtin_convertvector(load<HalfFloats>(p), Doubles); }
 
-// What the code misses in one channel, float64: the code times the scale is exact, the rest as the reference does it.
+// What the code misses in one channel, float64: the decoded value is exact, so only the difference rounds.
 LOUVER_INLINE double residual(const Block& block, const float* codes, const double* center, const double* scale,
                               int64_t i, int64_t d) {
     const int64_t at = i * block.padded + d;
-    return static_cast<double>(block.x[at]) - (static_cast<double>(codes[at]) * scale[d] + center[d]);
+    return static_cast<double>(block.x[at]) - (static_cast<double>(codes[at]) + center[d]) * scale[d];
 }
 LOUVER_INLINE Doubles residuals(const Block& block, const float* codes, const double* center, const double* scale,
                                 int64_t i, int64_t d) {
     const int64_t at = i * block.padded + d;
-    return widen(block.x + at) - (widen(codes + at) * load<Doubles>(scale + d) + load<Doubles>(center + d));
+    return widen(block.x + at) - (widen(codes + at) + load<Doubles>(center + d)) * load<Doubles>(scale + d);
 }
 
 // The sum of many(d), kHalfLanes channels from d on, and of one(d) where fewer are left, for channels begin .. end.
@@ -143,24 +55,57 @@ LOUVER_INLINE double sum_channels(int64_t begin, int64_t end, Many many, One one
 }
 
 struct EncodeScratch {
-    float *x, *y, *codes;                      // [frame_len, padded] each: keys, values, codes
-    float* column;                             // [frame_len, kLanes]
-    double *center, *scale, *inverse, *norms;  // [padded] x 3, [frame_len, slices]
+    float *x, *y;  // [frame_len, padded] each: keys, values
+    FitScratch fit;
+    double *center, *scale, *inverse, *norms;  // [padded] x 3, [frame_len]; the first in scales
     uint8_t* valid;                            // [frame_len]
 };
 
-inline void widen_frame(const uint16_t* center, const uint8_t* scale, int64_t dims, EncodeScratch& scratch) {
-    for (int64_t d = 0; d < dims; ++d) {
-        Shorts half = {};
-        half[0] = center[d];
-        scratch.center[d] = from_half(half)[0];
-        scratch.scale[d] = scale_of(scale[d]);
+inline void decode_frame(const Coded& coded, int64_t dims, EncodeScratch& scratch) {
+    for (int64_t d = 0; d < dims; d += kLanes) {
+        const FrameLanes lanes = frame_lanes(coded.frame + d, *coded.widest, dims - d);
+        for (int lane = 0; lane < kLanes && d + lane < dims; ++lane) {
+            scratch.center[d + lane] = 0.5 * static_cast<double>(lanes.center[lane]);
+            scratch.scale[d + lane] = static_cast<double>(lanes.scale[lane]);
+        }
     }
 }
 
-// Radii of a block: code * unit, in real arithmetic, is at least the norm of the residual in each slice.
+// Where a block's radii go.
+struct Radii {
+    uint8_t* codes;  // [half_len, slices]
+    float *least, *unit;
+};
+
+// The least radius that codes of one slice need, and the unit above it: least + code * unit, in real arithmetic, is at
+// least each valid key's norm. Codes go to the low nibbles of the block's first half, then to the high ones.
+inline void code_radii(const Block& block, const double* norms, int64_t half_len, int64_t slices, uint8_t* codes,
+                       float* least_out, float* unit_out) {
+    double smallest = static_cast<double>(kInfinity), largest = 0;
+    for (int64_t i = 0; i < block.tokens; ++i) {
+        if (!block.valid[i]) continue;
+        smallest = norms[i] < smallest ? norms[i] : smallest, largest = norms[i] > largest ? norms[i] : largest;
+    }
+    const float low = round_down(smallest);
+    const float least = low >= 0x1p-100f && low < kInfinity ? low : 0.0f;
+    const double base = static_cast<double>(least), widest = largest > base ? largest - base : 0.0;
+    const float wanted = round_up(widest * (1 + 0x1p-20) / (kNoBound - 1)),
+                unit = wanted > 0x1p-100f ? wanted : 0x1p-100f;
+    *least_out = least, *unit_out = unit;
+    for (int64_t i = 0; i < block.tokens; ++i) {
+        const double above = norms[i] - base;
+        double code = std::ceil(above / static_cast<double>(unit));
+        if (code * static_cast<double>(unit) < above) code += 1;
+        if (!(code < kNoBound)) code = kNoBound;  // cannot happen; if it did, the key would be exact
+        const auto nibble = static_cast<uint8_t>(block.valid[i] ? code : kNoBound);
+        if (i < half_len) codes[i * slices] = nibble;
+        if (i >= half_len) codes[(i - half_len) * slices] |= static_cast<uint8_t>(nibble << 4);
+    }
+}
+
+// Radii of a block: at least the norm of the residual in each slice.
 inline void encode_radii(const Block& block, const SketchView& sketch, const float* weight, EncodeScratch& scratch,
-                         uint8_t* radius, float* unit) {
+                         const Radii& to) {
     for (int64_t d = 0; d < block.dims; ++d) {
         float u = 1;
         if (sketch.metric == Metric::frame) u = static_cast<float>(scratch.scale[d]) * weight[d];
@@ -169,30 +114,19 @@ inline void encode_radii(const Block& block, const SketchView& sketch, const flo
     }
     for (int64_t s = 0; s < sketch.slices; ++s) {
         const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
-        double widest = 0;
         for (int64_t i = 0; i < block.tokens; ++i) {
             auto many = [&](int64_t d) LOUVER_ALWAYS_INLINE {
-                const Doubles e = residuals(block, scratch.codes, scratch.center, scratch.scale, i, d);
+                const Doubles e = residuals(block, scratch.fit.codes, scratch.center, scratch.scale, i, d);
                 return e * e * load<Doubles>(scratch.inverse + d);
             };
             auto one = [&](int64_t d) LOUVER_ALWAYS_INLINE {
-                const double e = residual(block, scratch.codes, scratch.center, scratch.scale, i, d);
+                const double e = residual(block, scratch.fit.codes, scratch.center, scratch.scale, i, d);
                 return e * e * scratch.inverse[d];
             };
             const double total = block.valid[i] ? sum_channels(begin, end, many, one) : 0.0;
-            const double norm = std::sqrt(total) * kNormSlack;
-            scratch.norms[i] = norm;
-            widest = norm > widest ? norm : widest;
+            scratch.norms[i] = std::sqrt(total) * kNormSlack;
         }
-        float one = round_up(widest / (kNoBound - 2));
-        one = one > 0x1p-100f ? one : 0x1p-100f;
-        unit[s] = one;
-        for (int64_t i = 0; i < block.tokens; ++i) {
-            double code = std::ceil(scratch.norms[i] / one);
-            if (code * static_cast<double>(one) < scratch.norms[i]) code += 1;
-            if (!(code < kNoBound)) code = kNoBound;  // cannot happen; if it did, the key would be exact
-            radius[i * sketch.slices + s] = block.valid[i] ? static_cast<uint8_t>(code) : kNoBound;
-        }
+        code_radii(block, scratch.norms, sketch.half_len(), sketch.slices, to.codes + s, to.least + s, to.unit + s);
     }
 }
 
@@ -207,15 +141,17 @@ struct EncodeContext {
 
 inline int64_t encode_bytes(const SketchView& sketch) {
     const int64_t padded = padded_dims(sketch.dims);
-    return 4 * sketch.frame_len * (3 * padded + kLanes) + 24 * padded + 9 * sketch.frame_len + 512;
+    const int64_t floats = 2 * sketch.frame_len * padded + fit_floats(sketch.frame_len, padded);
+    return 4 * floats + 24 * padded + 9 * sketch.frame_len + 512;
 }
 
 inline EncodeScratch encode_scratch(const SketchView& sketch, char* memory) {
     const int64_t padded = padded_dims(sketch.dims), area = sketch.frame_len * padded;
     EncodeScratch out;
-    out.x = reinterpret_cast<float*>(memory), out.y = out.x + area, out.codes = out.y + area;
-    out.column = out.codes + area;
-    out.center = reinterpret_cast<double*>(out.column + sketch.frame_len * kLanes), out.scale = out.center + padded;
+    out.x = reinterpret_cast<float*>(memory), out.y = out.x + area;
+    float* fit = out.y + area;
+    out.fit = fit_scratch(sketch.frame_len, padded, fit);
+    out.center = reinterpret_cast<double*>(fit + fit_floats(sketch.frame_len, padded)), out.scale = out.center + padded;
     out.inverse = out.scale + padded, out.norms = out.inverse + padded;
     out.valid = reinterpret_cast<uint8_t*>(out.norms + sketch.frame_len);
     return out;
@@ -242,9 +178,10 @@ inline void encode_values(const SketchView& sketch, int64_t index, int64_t row, 
     double spread = 0, error = 0;
     const bool coded = sketch.coded_values;
     if (coded) {
-        fit_block(block, sketch.clip, sketch.value_codes + index * sketch.frame_len * (dims / 2),
-                  sketch.value_center + index * dims, sketch.value_scale + index * dims, scratch.codes, scratch.column);
-        widen_frame(sketch.value_center + index * dims, sketch.value_scale + index * dims, dims, scratch);
+        const Coded to{sketch.value_codes + index * sketch.frame_len * (dims / 2), sketch.value_frame + index * dims,
+                       sketch.value_scale + index};
+        fit_block(block, sketch.clip, to, scratch.fit);
+        decode_frame(to, dims, scratch);
     }
     for (int64_t i = 0; i < sketch.frame_len; ++i) {
         if (!scratch.valid[i]) continue;
@@ -258,11 +195,11 @@ inline void encode_values(const SketchView& sketch, int64_t index, int64_t row, 
             return e * e;
         };
         auto squares_missed = [&](int64_t d) LOUVER_ALWAYS_INLINE {
-            const Doubles e = residuals(block, scratch.codes, scratch.center, scratch.scale, i, d);
+            const Doubles e = residuals(block, scratch.fit.codes, scratch.center, scratch.scale, i, d);
             return e * e;
         };
         auto square_missed = [&](int64_t d) LOUVER_ALWAYS_INLINE {
-            const double e = residual(block, scratch.codes, scratch.center, scratch.scale, i, d);
+            const double e = residual(block, scratch.fit.codes, scratch.center, scratch.scale, i, d);
             return e * e;
         };
         const double away = sum_channels(0, dims, squares_away, square_away);
@@ -286,12 +223,13 @@ inline void encode_one(const EncodeContext& context, int64_t row, int64_t head, 
         encode_values(sketch, index, row, head, scratch);
     }
     const Block block{scratch.x, scratch.valid, sketch.frame_len, dims, padded};
-    fit_block(block, sketch.clip, sketch.key_codes + index * sketch.frame_len * (dims / 2),
-              sketch.key_center + index * dims, sketch.key_scale + index * dims, scratch.codes, scratch.column);
-    widen_frame(sketch.key_center + index * dims, sketch.key_scale + index * dims, dims, scratch);
-    encode_radii(block, sketch, sketch.query_weight + (row * sketch.heads + head) * dims, scratch,
-                 sketch.key_radius + index * sketch.frame_len * sketch.slices,
-                 sketch.radius_unit + index * sketch.slices);
+    const Coded to{sketch.key_codes + index * sketch.frame_len * (dims / 2), sketch.key_frame + index * dims,
+                   sketch.key_scale + index};
+    fit_block(block, sketch.clip, to, scratch.fit);
+    decode_frame(to, dims, scratch);
+    const Radii radii{sketch.key_radius + index * sketch.half_len() * sketch.slices,
+                      sketch.radius_least + index * sketch.slices, sketch.radius_unit + index * sketch.slices};
+    encode_radii(block, sketch, sketch.query_weight + (row * sketch.heads + head) * dims, scratch, radii);
 }
 
 // Threads take blocks one by one from a common counter.

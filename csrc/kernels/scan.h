@@ -10,16 +10,25 @@
 
 namespace louver::LOUVER_ISA {
 
-// Radii of kLanes tokens for slice s, as floats; tokens past `count` get 0.
-LOUVER_INLINE Floats radii(const uint8_t* radius, int64_t slices, int64_t s, int64_t count) {
+// Radius codes of kLanes tokens from `token` on for slice s, as floats; tokens past the block get 0. radius: the
+// block's, two tokens to a byte.
+LOUVER_INLINE Floats radii(const uint8_t* radius, const SketchView& sketch, int64_t s, int64_t token) {
+    const int64_t half = sketch.half_len(), slices = sketch.slices;
+    const bool high = token >= half;
     UInts x = {};
-    if (count >= kLanes && slices == 1) {
-        x = __builtin_convertvector(load<Bytes>(radius), UInts);
-    } else if (count >= kLanes && slices == 2) {
-        const UInts pair = __builtin_convertvector(load<Shorts>(radius), UInts);
-        x = s == 0 ? pair & 255u : pair >> 8;  // little-endian
-    } else {
-        for (int i = 0; i < (count < kLanes ? count : kLanes); ++i) x[i] = radius[i * slices + s];
+    if (slices <= 2 && token + kLanes <= (high ? sketch.frame_len : half)) {
+        const uint8_t* from = radius + (high ? token - half : token) * slices;
+        if (slices == 1) {
+            x = __builtin_convertvector(load<Bytes>(from), UInts);
+        } else {
+            const UInts pair = __builtin_convertvector(load<Shorts>(from), UInts);
+            x = s == 0 ? pair & 255u : pair >> 8;  // little-endian
+        }
+        return to_float((Ints)(high ? x >> 4 : x & 15u));
+    }
+    for (int64_t i = 0; i < kLanes && token + i < sketch.frame_len; ++i) {
+        const int64_t t = token + i;
+        x[i] = t < half ? radius[t * slices + s] & 15u : radius[(t - half) * slices + s] >> 4;
     }
     return to_float((Ints)x);
 }
@@ -30,7 +39,7 @@ inline void scan_block(Scan& scan, int64_t index) {
     const int64_t frame_len = sketch.frame_len, slices = sketch.slices;
     prepare_block(scan, index);
     const uint8_t* codes = sketch.key_codes + index * frame_len * scan.half;
-    const uint8_t* radius = sketch.key_radius + index * frame_len * slices;
+    const uint8_t* radius = sketch.key_radius + index * sketch.half_len() * slices;
     for (int64_t token = 0; token < frame_len; token += kCodeTokens) {
         const int64_t count = frame_len - token < kCodeTokens ? frame_len - token : kCodeTokens;
         for (int64_t line = 0; line < kCodeTokens * scan.half; line += 64)
@@ -42,7 +51,7 @@ inline void scan_block(Scan& scan, int64_t index) {
         const int64_t count = frame_len - token;
         Ints unbounded = scan.block.finite ? ~first_lanes(count) : ~Ints{};
         for (int64_t s = 0; s < slices; ++s) {
-            const Floats r = radii(radius + token * slices, slices, s, count);
+            const Floats r = radii(radius, sketch, s, token);
             unbounded |= r == static_cast<float>(kNoBound);
             store(scan.radii + s * scan.stride + token, r);
         }

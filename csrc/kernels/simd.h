@@ -29,6 +29,7 @@ typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UInts __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+typedef int16_t SignedShorts __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
 
 #define LOUVER_ALWAYS_INLINE __attribute__((always_inline))
@@ -56,6 +57,15 @@ LOUVER_INLINE Floats gather(const float* from, Ints index) {
 #endif
 }
 LOUVER_INLINE Floats splat(float x) { return Floats{} + x; }
+LOUVER_INLINE Ints widen(SignedShorts x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepi16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepi16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Ints);
+#endif
+}
 LOUVER_INLINE Ints as_int(Floats x) { return (Ints)x; }
 LOUVER_INLINE Floats as_float(Ints x) { return (Floats)x; }
 LOUVER_INLINE Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
@@ -289,17 +299,6 @@ inline uint16_t to_half(float value) {
     return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
 #endif
 }
-LOUVER_INLINE Shorts to_halves(Floats x) {
-#if defined(__AVX512F__)
-    return (Shorts)_mm512_cvtps_ph((__m512)x, 0);
-#elif defined(__AVX2__)
-    return (Shorts)_mm256_cvtps_ph((__m256)x, 0);
-#else
-    Shorts out;
-    for (int i = 0; i < kLanes; ++i) out[i] = to_half(x[i]);
-    return out;
-#endif
-}
 
 struct Float32 {
     static constexpr bool is_bfloat16 = false;
@@ -343,10 +342,6 @@ inline float load_scalar(DType dtype, const char* p) {
     x[0] = load<uint16_t>(p);
     if (dtype == DType::float16) return from_half(x)[0];
     return as_float((Ints)(__builtin_convertvector(x, UInts) << 16))[0];
-}
-
-inline float half_at(const uint16_t* p, int64_t index) {
-    return load_scalar(DType::float16, reinterpret_cast<const char*>(p + index));
 }
 
 inline void store_scalar(DType dtype, char* p, float value) {

@@ -137,16 +137,12 @@ inline float decode_value_frame(Unit& unit, int64_t index) {
     const SketchView& sketch = *unit.sketch;
     const int64_t dims = sketch.dims;
     Floats squares = {};
+    const int16_t* frame = sketch.value_frame + index * dims;
     for (int64_t d = 0; d < unit.group.padded; d += kLanes) {
-        Bytes code = {};
-        Shorts center = {};
-        const int64_t n = dims - d < kLanes ? dims - d : kLanes;
-        std::memcpy(&code, sketch.value_scale + index * dims + d, static_cast<size_t>(n));
-        std::memcpy(&center, sketch.value_center + index * dims + d, static_cast<size_t>(2 * n));
-        const Floats s = select(first_lanes(n), scales_of(code), splat(0)), z = from_half(center);
-        const Floats reach = abs(z) + 8.0f * s;
+        const FrameLanes lanes = frame_lanes(frame + d, sketch.value_scale[index], dims - d);
+        const Floats center = 0.5f * lanes.center, reach = (abs(center) + 8.0f) * lanes.scale;
         squares += reach * reach;
-        store(unit.value_scale + d, s), store(unit.value_center + d, z);
+        store(unit.value_scale + d, lanes.scale), store(unit.value_center + d, center);
     }
     return std::sqrt(sum(squares)) * kNormInflation;
 }
@@ -205,8 +201,8 @@ inline void add_block(Unit& unit, int64_t b, const FoundBlock& found, CoarseScra
         const int32_t* total = scratch.total + g * dims;
         for (int64_t d = 0; d < unit.group.padded; d += kLanes) {
             const Floats coded = step * to_float(load<Ints>(total + d)) - 8 * whole;
-            store(out + d, load<Floats>(out + d) + (load<Floats>(unit.value_scale + d) * coded +
-                                                    load<Floats>(unit.value_center + d) * whole));
+            store(out + d, load<Floats>(out + d) + load<Floats>(unit.value_scale + d) *
+                                                       (coded + load<Floats>(unit.value_center + d) * whole));
         }
     }
 }

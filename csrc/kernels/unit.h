@@ -55,7 +55,7 @@ struct Unit {
     float* live_above;                  // [group], shared: upper bounds from which a sketched value is read
     float* away;                        // [group], shared: at least the distance of the output from the mean value
     double* mass;                       // [group], this thread's
-    float *value_center, *value_scale;  // [dims], this thread's: the current block's value frame
+    float *value_center, *value_scale;  // [dims], this thread's: the current block's value frame, centers in scales
     float* step_of;                     // [group], this thread's: a block's weight unit
     double* whole_of;                   // [group], this thread's: a block's sum of rounded weights
     float* unread_of;                   // [group], this thread's: a block's weight on the mean value
