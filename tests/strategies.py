@@ -20,7 +20,7 @@ settings.register_profile(
 settings.load_profile("louver")
 
 HEAD_DIMS = (64, 33, 60, 80, 96, 128, 256)
-FRAME_LENS = (8, 16, 32, 128)
+FRAME_LENS = (8, 16, 21, 32, 128)
 
 
 def traits(allowed: tuple[str, ...] = TRAITS) -> st.SearchStrategy[frozenset[str]]:

@@ -87,9 +87,9 @@ def test_no_more_is_read_than_by_the_loop_over_ops(spec, monkeypatch):
 
 def test_a_second_pass_counts_the_codes_that_the_first_had_read():
     again = 0
-    for seed in range(38, 50):
-        case = build_case(seed, kv_len=900, num_kv_heads=2, group_size=3, batch=1, traits=frozenset({"offset"}))
-        stats = attend(2 * case.q, case.index("cpu"), policy="error:0.1").stats
+    for seed in range(30, 42):
+        case = build_case(seed, kv_len=900, num_kv_heads=2, group_size=3, batch=1)
+        stats = attend(6 * case.q, case.index("cpu"), policy="error:0.2").stats
         most = stats.num_exact * stats.byte_weights[COUNTS.index("coarse")]
         most = most + stats.count("blocks") * stats.byte_weights[COUNTS.index("value_blocks")]
         assert (stats.index_bytes >= 0).all() and (stats.index_bytes <= most).all()
