@@ -256,13 +256,13 @@ def check_radii(keys, values, start, sketch) -> None:
     """Decoded radii are at least what the codes missed, in float64; so are the values' errors and spreads."""
     from louver.geometry.bounds import slice_lengths
     from louver.geometry.metric import inverse_weight
-    from louver.sketch.layout import SCALES, unpack_nibbles
+    from louver.sketch.layout import NO_BOUND, frame_centers, frame_scales, unpack_nibbles, unpack_radii
 
-    scales = SCALES.to(keys.device).double()
     length = sketch.config.frame_len
 
-    def decode(codes, center, scale):
-        return (unpack_nibbles(codes).double() - 8) * scales[scale.long()][..., None, :] + center.double()[..., None, :]
+    def decode(codes, frame, scale):
+        codes, center, scale = unpack_nibbles(codes), frame_centers(frame), frame_scales(frame, scale)
+        return (codes.double() - 8 + center.double()[..., None, :]) * scale.double()[..., None, :]
 
     for row, blocks in enumerate(sketch.num_blocks.tolist()):
         span = slice(int(start[row]), int(start[row]) + blocks * length)
@@ -274,24 +274,22 @@ def check_radii(keys, values, start, sketch) -> None:
         if k is None:
             continue
         part = (row, slice(None), slice(0, blocks))
-        missed = k - decode(sketch.key_codes[part], sketch.key_center[part], sketch.key_scale[part])
-        u = inverse_weight(
-            scales[sketch.key_scale[part].long()].float(), sketch.query_weight[row, :, None], sketch.config.metric
-        )
+        missed = k - decode(sketch.key_codes[part], sketch.key_frame[part], sketch.key_scale[part])
+        scale = frame_scales(sketch.key_frame[part], sketch.key_scale[part])
+        u = inverse_weight(scale, sketch.query_weight[row, :, None], sketch.config.metric)
         squares = missed.square() / u.double()[..., None, :]
         norms = torch.stack(
             [p.sum(-1) for p in squares.split(slice_lengths(sketch.dims, sketch.config.slice_dims), -1)], -1
         ).sqrt()
-        radius = sketch.key_radius[part]
-        held = radius.double() * sketch.radius_unit[part].double()[..., None, :]
-        bounded = radius != 255
+        radius = unpack_radii(sketch.key_radius[part], length)
+        least, unit = (x[part].double()[..., None, :] for x in (sketch.radius_least, sketch.radius_unit))
+        held = least + radius.double() * unit
+        bounded = radius != NO_BOUND
         assert (held >= norms)[bounded].all(), "a radius is smaller than what it stands for"
-        assert (
-            bounded.any()
-            and (held <= norms * 1.01 + sketch.radius_unit[part].double()[..., None, :] * 1.01)[bounded].all()
-        )
+        assert bounded.any()
+        assert (held <= norms * 1.01 + unit * 1.01)[bounded].all()
         known = bounded.all(-1)
-        off = (v - decode(sketch.value_codes[part], sketch.value_center[part], sketch.value_scale[part])).norm(dim=-1)
+        off = (v - decode(sketch.value_codes[part], sketch.value_frame[part], sketch.value_scale[part])).norm(dim=-1)
         assert (torch.where(known, off, 0.0).amax(-1) <= sketch.value_error[part].double()).all()
         away = (v - sketch.value_mean[row, :, None, None].double()).norm(dim=-1)
         assert (torch.where(known, away, 0.0).amax(-1) <= sketch.value_spread[part].double()).all()

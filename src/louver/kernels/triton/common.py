@@ -57,6 +57,22 @@ def nibble(words, PART: tl.constexpr):
 
 
 @triton.jit
+def frame_channels(frame, widest, scales, inside):
+    """Centers in scales, and scales, of the channels of a frame that ``frame`` points at; ``widest``: its block's scale code."""
+    packed = tl.load(frame, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(scales + tl.maximum(widest - (packed & 63), 0), mask=inside, other=0.0)
+    return (packed >> 6).to(tl.float32) * 0.5, scale
+
+
+@triton.jit
+def radius_codes(radius, block, t, s, L: tl.constexpr, SLICES: tl.constexpr):
+    """Radius codes of a block's tokens t in slice s: those of the second half are high nibbles; 0 past the block's end."""
+    half: tl.constexpr = (L + 1) // 2
+    byte = tl.load(radius + (block * half + tl.where(t < half, t, t - half)) * SLICES + s, mask=t < L, other=0)
+    return tl.where(t < half, byte & 15, byte >> 4).to(tl.int32)
+
+
+@triton.jit
 def exp(x):
     """e^x within four units in the last place."""
     return tl.exp2(x * LOG2E)

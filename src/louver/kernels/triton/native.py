@@ -86,7 +86,7 @@ def _scan_memory(plan: Plan, warps: int, ahead: int) -> int:
     """Bytes of shared memory of a CTA of scan.cu (struct Shared)."""
     dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
     fixed = 1024 + -(-group // 4) * dims * 32 + group * 4 * NUM_BINS
-    frames = 2 * (3 * dims + length * slices + 16)
+    frames = 2 * (2 * dims + length // 2 * slices + 32) + 8 * dims + 128
     return fixed + warps * (group * (length + 8) * 2 + frames + ahead * 8 * dims)
 
 
@@ -113,7 +113,7 @@ def prepare(plan: Plan, x: Tensor, floor: tuple[float, float], ranked: bool) -> 
         (plan.rows * plan.group, 1),
         128,
         [
-            x, sketch.key_center, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.masses, w.below,
+            x, sketch.key_frame, sketch.key_scale, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.masses, w.below,
             *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, *floor)),
         ],
     )  # fmt: skip
@@ -137,7 +137,7 @@ def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
         (plan.rows, splits),
         warps * 32,
         [
-            x, sketch.key_codes, sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
+            x, sketch.key_codes, sketch.key_frame, sketch.key_scale, sketch.key_radius, sketch.radius_least, sketch.radius_unit,
             plan.scales, sketch.query_weight, *plan.place, w.low, w.floor, w.upper, w.reach, w.hist, w.masses,
             *map(c_int, (plan.num_kv_heads, sketch.capacity, sinks, recent)), *map(c_float, (plan.scale, *slack, plan.rounding[3])),
         ],
@@ -192,7 +192,7 @@ def list_keys(plan: Plan, keep_best: bool) -> None:
 def _tiers_memory(plan: Plan, warps: int, ahead: int) -> int:
     """Bytes of shared memory of a CTA of tiers.cu (struct Shared)."""
     dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
-    block = group * (2 * length + 32) + length * slices + 3 * dims + -(-(slices + 2) * group * 4 // 16) * 16 + 16
+    block = group * (2 * length + 32) + length // 2 * slices + 2 * dims + -(-(slices + 2) * group * 4 // 16) * 16 + 16
     out = 4 * group * max(warps * (dims + 36), NUM_BINS + 32)  # before, the histograms
     return 1024 + out + 12 * group + 16 + warps * (28 * group + 3 * block + ahead * 8 * dims)
 
@@ -209,7 +209,7 @@ def tiers(plan: Plan, splits: int) -> None:
         (plan.rows, splits),
         warps * 32,
         [
-            w.upper, w.reach, sketch.key_radius, frames.codes, frames.center, frames.scale, frames.error,
+            w.upper, w.reach, sketch.key_radius, frames.codes, frames.frame, frames.scale, frames.error,
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.hist, w.floor, w.masses, *plan.place[1:], w.cuts, w.tau, w.listed,
             w.counters, w.tier_out, w.tier_sums, *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale),
             *_rule(plan),

@@ -7,7 +7,7 @@ cores, a code being the significand of a subnormal float16 (no conversion). Per 
 
 and ``slack`` (geometry/rounding.py: rounded_query_slack) covers the rounding of p, of the tensor core's sum and of the rest.
 ``reach`` keeps what a later kernel needs to take the half-width apart again, per block and query head, in nats: one factor per
-radius, the slack, and the largest half-width of the block.
+radius code, what a code of 0 stands for (the slack and the least radii), and the largest half-width of the block.
 """
 
 import triton
@@ -18,15 +18,19 @@ from louver.kernels.triton.common import (
     RANK_BINS,
     SIGNED,
     STEPS,
+    frame_channels,
     nibble,
+    radius_codes,
 )
+from louver.sketch import layout
 
+NO_BOUND = tl.constexpr(layout.NO_BOUND)
 SAMPLE = 32  # blocks whose centers place the grid
 
 
 @triton.jit
 def prepare_kernel(
-    q, center, num_blocks, low, hist, rank_hist, counters, finished, below, num_q_heads, capacity,
+    q, frame, widest, scales, num_blocks, low, hist, rank_hist, counters, finished, below, num_q_heads, capacity,
     scale, hist_size, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SAMPLE: tl.constexpr, NUM_COUNTERS: tl.constexpr,
     RANKED: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
@@ -39,9 +43,11 @@ def prepare_kernel(
     x = tl.load(q + pid * D + d, mask=d < D, other=0.0).to(tl.float32)
     taken = tl.minimum(blocks, SAMPLE)
     b = (sample.to(tl.int64) * blocks) // tl.maximum(taken, 1)
-    at = ((pid // G).to(tl.int64) * capacity + b) * D
-    z = tl.load(center + at[:, None] + d[None, :], mask=(sample < taken)[:, None] & (d < D)[None, :], other=0.0)
-    logit = tl.sum(z.to(tl.float32) * x[None, :], 1) * scale
+    at = (pid // G).to(tl.int64) * capacity + b
+    inside = (sample < taken)[:, None] & (d < D)[None, :]
+    widest_of = tl.load(widest + at, mask=sample < taken, other=0).to(tl.int32)
+    center, s = frame_channels(frame + at[:, None] * D + d[None, :], widest_of[:, None], scales, inside)
+    logit = tl.sum(center * s * x[None, :], 1) * scale
     mean = tl.sum(tl.where(sample < taken, logit, 0.0), 0) / tl.maximum(taken, 1)
     tl.store(low + pid, mean - BELOW)
     bins = tl.arange(0, BINS)
@@ -66,14 +72,14 @@ def _query_part(q, pid, g, word, PART: tl.constexpr, G: tl.constexpr, D: tl.cons
 
 @triton.jit
 def _frame_part(
-    x, center, key_scale, scales, weight, pid, at, word,
+    x, frame, widest, scales, weight, pid, at, word,
     PART: tl.constexpr, D: tl.constexpr, FRAME: tl.constexpr, SLICES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
 ):  # fmt: skip
     """One quarter of the channels: p, its sum with the center's score, |q s|_1, |q z|_1, and q^2 u with each channel's slice."""
     d = 2 * word + (PART % 2) * (D // 2) + PART // 2
     inside = word < D // 4
-    z = tl.load(center + at + d, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(scales + tl.load(key_scale + at + d, mask=inside, other=0).to(tl.int32), mask=inside, other=0.0)
+    center, s = frame_channels(frame + at + d, widest, scales, inside)
+    z = center * s
     p = (x * s[None, :]).to(tl.float16)
     bias = tl.sum(x * z[None, :] - 8.0 * p.to(tl.float32), 1)
     scaled = tl.sum(tl.abs(x * s[None, :]), 1)
@@ -90,7 +96,7 @@ def _frame_part(
 
 @triton.jit
 def scan_kernel(
-    q, codes, center, key_scale, radius, radius_unit, scales, weight, num_blocks, kv_start, kv_len, low, upper, reach,
+    q, codes, frame, key_scale, radius, radius_least, radius_unit, scales, weight, num_blocks, kv_start, kv_len, low, upper, reach,
     num_kv_heads, capacity, sinks, recent, scale, slack_scaled, slack_centered, slack_fixed, inflation,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
     FRAME: tl.constexpr, SLICES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr, STAGES: tl.constexpr,
@@ -118,17 +124,18 @@ def scan_kernel(
             other=0,
         )
         at = block * D
+        widest = tl.load(key_scale + block).to(tl.int32)
         p0, bias0, s0, z0, n0, i0 = _frame_part(
-            x0, center, key_scale, scales, weight, pid, at, word, 0, D, FRAME, SLICES, LONG, SHORT
+            x0, frame, widest, scales, weight, pid, at, word, 0, D, FRAME, SLICES, LONG, SHORT
         )
         p1, bias1, s1, z1, n1, i1 = _frame_part(
-            x1, center, key_scale, scales, weight, pid, at, word, 1, D, FRAME, SLICES, LONG, SHORT
+            x1, frame, widest, scales, weight, pid, at, word, 1, D, FRAME, SLICES, LONG, SHORT
         )
         p2, bias2, s2, z2, n2, i2 = _frame_part(
-            x2, center, key_scale, scales, weight, pid, at, word, 2, D, FRAME, SLICES, LONG, SHORT
+            x2, frame, widest, scales, weight, pid, at, word, 2, D, FRAME, SLICES, LONG, SHORT
         )
         p3, bias3, s3, z3, n3, i3 = _frame_part(
-            x3, center, key_scale, scales, weight, pid, at, word, 3, D, FRAME, SLICES, LONG, SHORT
+            x3, frame, widest, scales, weight, pid, at, word, 3, D, FRAME, SLICES, LONG, SHORT
         )
         dots = tl.dot(nibble(c, 0), tl.trans(p0))
         dots = tl.dot(nibble(c, 1), tl.trans(p1), acc=dots)
@@ -137,19 +144,22 @@ def scan_kernel(
         estimate = dots * 16777216.0 + (bias0 + bias1 + bias2 + bias3)[None, :]  # keys, heads
 
         slack = slack_scaled * (s0 + s1 + s2 + s3) + slack_centered * (z0 + z1 + z2 + z3) + slack_fixed
-        width = tl.zeros((LP, GP), tl.float32) + slack[None, :]
         bounded = t < L
         out = reach + (block * (SLICES + 2)) * G + g
+        width = tl.zeros((LP, GP), tl.float32)
         for s in tl.static_range(SLICES):
             square = tl.sum(tl.where((i0 == s)[None, :], n0, 0.0), 1) + tl.sum(tl.where((i1 == s)[None, :], n1, 0.0), 1)
             square += tl.sum(tl.where((i2 == s)[None, :], n2, 0.0), 1) + tl.sum(
                 tl.where((i3 == s)[None, :], n3, 0.0), 1
             )
-            factor = tl.sqrt(square) * (tl.load(radius_unit + block * SLICES + s) * inflation)
-            r = tl.load(radius + (block * L + t) * SLICES + s, mask=t < L, other=0)
-            bounded = bounded & (r != 255)
+            norm = tl.sqrt(square) * inflation
+            factor = norm * tl.load(radius_unit + block * SLICES + s)
+            slack += norm * tl.load(radius_least + block * SLICES + s)
+            r = radius_codes(radius, block, t, s, L, SLICES)
+            bounded = bounded & (r != NO_BOUND)
             width += r.to(tl.float32)[:, None] * factor[None, :]
             tl.store(out + s * G, factor * scale, mask=real)
+        width += slack[None, :]
         upper_score = estimate + width + (tl.abs(estimate) + width) * 2.0**-21
         tl.store(out + SLICES * G, slack * scale, mask=real)
         tl.store(out + (SLICES + 1) * G, tl.max(tl.where(bounded[:, None], width, 0.0), 0) * scale, mask=real)

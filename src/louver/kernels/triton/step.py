@@ -185,15 +185,15 @@ def scan(plan: Plan, x: Tensor, sinks: int, recent: int, keep_best: bool, scans:
     """The grids, the scan and its cuts in Triton."""
     w, sketch = plan.workspace, plan.sketch
     prepare_kernel[(plan.rows * plan.group,)](
-        x, sketch.key_center, sketch.num_blocks, w.low, w.hist, w.rank_hist, w.counters, w.finished, w.below,
+        x, sketch.key_frame, sketch.key_scale, plan.scales, sketch.num_blocks, w.low, w.hist, w.rank_hist, w.counters, w.finished, w.below,
         plan.num_kv_heads * plan.group, sketch.capacity, plan.scale, 2 * BINS.value, G=plan.group, D=sketch.dims,
         DP=triton.next_power_of_2(sketch.dims), SAMPLE=SAMPLE, NUM_COUNTERS=COUNTERS, RANKED=ranked, BINS=1024, num_warps=4,
     )  # fmt: skip
     heads, frames, words = _sizes(plan)
     short, longer = divmod(sketch.dims, sketch.num_slices)
     scan_kernel[(plan.rows, scans)](
-        x, sketch.key_codes.view(torch.int16), sketch.key_center, sketch.key_scale, sketch.key_radius, sketch.radius_unit,
-        plan.scales, sketch.query_weight, *plan.place, w.low, w.upper, w.reach, plan.num_kv_heads, sketch.capacity, sinks, recent,
+        x, sketch.key_codes.view(torch.int16), sketch.key_frame, sketch.key_scale, sketch.key_radius, sketch.radius_least,
+        sketch.radius_unit, plan.scales, sketch.query_weight, *plan.place, w.low, w.upper, w.reach, plan.num_kv_heads, sketch.capacity, sinks, recent,
         plan.scale, *plan.rounding, **heads, **words, **frames, FRAME=native.METRICS[sketch.config.metric],
         SLICES=sketch.num_slices, LONG=longer, SHORT=short, STAGES=1, num_warps=4,
     )  # fmt: skip
@@ -220,7 +220,7 @@ def sort(plan: Plan, scans: int, again: bool = False) -> None:
         values = sketch.value_frames
         assert values is not None, "a policy that drops nothing needs sketched values"
         tiers_kernel[(plan.rows, scans)](
-            w.upper, w.reach, sketch.key_radius, values.codes.view(torch.int16), values.center, values.scale, values.error,
+            w.upper, w.reach, sketch.key_radius, values.codes.view(torch.int16), values.frame, values.scale, values.error,
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.cuts, w.listed, w.counters, w.tier_out, w.tier_sums,
             w.finished, *ends, **heads, **words, **frames, SLICES=sketch.num_slices, NUM_COUNTERS=COUNTERS, STAGES=1,
             AGAIN=again, num_warps=4,

@@ -18,7 +18,9 @@ from louver.kernels.triton.common import (
     SPREAD,
     STEPS,
     VALUE_BLOCKS,
+    frame_channels,
     nibble,
+    radius_codes,
 )
 
 WEIGHT_SCALE = tl.constexpr(32768.0)
@@ -67,18 +69,17 @@ def list_kernel(
 
 @triton.jit
 def _value_part(
-    center, scale_codes, scales, at, word, dots, total, PART: tl.constexpr, D: tl.constexpr,
+    frame, widest, scales, at, word, dots, total, PART: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     d = 2 * word + (PART % 2) * (D // 2) + PART // 2
     inside = word < D // 4
-    z = tl.load(center + at + d, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(scales + tl.load(scale_codes + at + d, mask=inside, other=0).to(tl.int32), mask=inside, other=0.0)
-    return dots * (16777216.0 * s)[None, :] + total[:, None] * (z - 8.0 * s)[None, :]
+    center, s = frame_channels(frame + at + d, widest, scales, inside)
+    return (dots * 16777216.0 + total[:, None] * (center - 8.0)[None, :]) * s[None, :]
 
 
 @triton.jit
 def tiers_kernel(
-    upper, reach, radius, value_codes, value_center, value_scale, value_error, value_spread, scales, num_blocks, low, cuts,
+    upper, reach, radius, value_codes, value_frame, value_scale, value_error, value_spread, scales, num_blocks, low, cuts,
     listed, counters, part_out, part_sums, idle, num_kv_heads, capacity, room,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, WORDS: tl.constexpr, L: tl.constexpr, LP: tl.constexpr,
     SLICES: tl.constexpr, NUM_COUNTERS: tl.constexpr, STAGES: tl.constexpr, AGAIN: tl.constexpr,
@@ -141,7 +142,7 @@ def tiers_kernel(
         slack = tl.load(factors + SLICES * G, mask=real, other=0.0)
         width = tl.zeros((LP, GP), tl.float32) + slack[None, :]
         for s in tl.static_range(SLICES):
-            r = tl.load(radius + (block * L + t) * SLICES + s, mask=t < L, other=0).to(tl.float32)
+            r = radius_codes(radius, block, t, s, L, SLICES).to(tl.float32)
             width += r[:, None] * tl.load(factors + s * G, mask=real, other=0.0)[None, :]
         width = width * (1 + 2.0**-17) + hidden[None, :]
         position = (code - cut[None, :]).to(tl.float32) * (1.0 / STEPS)
@@ -177,10 +178,11 @@ def tiers_kernel(
             )
             p = tl.trans(tl.where(live[:, None], weight, 0.0).to(tl.float16))
             vat = block * D
-            out0 += _value_part(value_center, value_scale, scales, vat, word, tl.dot(p, nibble(c, 0)), lived, 0, D)
-            out1 += _value_part(value_center, value_scale, scales, vat, word, tl.dot(p, nibble(c, 1)), lived, 1, D)
-            out2 += _value_part(value_center, value_scale, scales, vat, word, tl.dot(p, nibble(c, 2)), lived, 2, D)
-            out3 += _value_part(value_center, value_scale, scales, vat, word, tl.dot(p, nibble(c, 3)), lived, 3, D)
+            widest = tl.load(value_scale + block).to(tl.int32)
+            out0 += _value_part(value_frame, widest, scales, vat, word, tl.dot(p, nibble(c, 0)), lived, 0, D)
+            out1 += _value_part(value_frame, widest, scales, vat, word, tl.dot(p, nibble(c, 1)), lived, 1, D)
+            out2 += _value_part(value_frame, widest, scales, vat, word, tl.dot(p, nibble(c, 2)), lived, 2, D)
+            out3 += _value_part(value_frame, widest, scales, vat, word, tl.dot(p, nibble(c, 3)), lived, 3, D)
     tl.atomic_add(mine + COARSE, num_coarse, sem="relaxed")
     tl.atomic_add(mine + VALUE_BLOCKS, num_blocks_read, sem="relaxed")
     at = ((pid * G + g) * splits + split).to(tl.int64)
