@@ -19,6 +19,7 @@ typedef long long i64;
 #define RANK_CODES 4
 #define COUNTERS 8
 enum { LISTED, COARSE, VALUE_BLOCKS, SPREAD, RANKED, EXACT };
+#define CENTER_ZERO 8421376.0f                            // 2^23 + 512 * 64: what is added to 64 centers where a channel lies in 2^23's bits
 #define INFINITE __int_as_float(0x7f800000)
 
 __device__ __forceinline__ u32 pack(float a, float b) {

@@ -7,7 +7,7 @@
 #define EACH (SAMPLE * 32 / THREADS)    // of them a warp reads
 
 extern "C" __global__ void __launch_bounds__(THREADS) prepare(
-    const void* __restrict__ q, const u16* __restrict__ center, const int* __restrict__ num_blocks, float* __restrict__ low,
+    const void* __restrict__ q, const u16* __restrict__ channels, const u8* __restrict__ scale_codes, const int* __restrict__ num_blocks, float* __restrict__ low,
     int* __restrict__ floor_code, float* __restrict__ query, int* __restrict__ hist, int* __restrict__ rank_hist,
     int* __restrict__ counters, float* __restrict__ masses, float* __restrict__ below,
     int num_kv_heads, int capacity, float scale, float floor_share, float spare) {
@@ -20,11 +20,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
         const i64 at = (i64)id * D + 2 * (lane + 32 * h);
         x[h] = make_float2(query_at(q, at), query_at(q, at + 1));
     }
-    u32 sampled[EACH][D / 64];           // all on their way at once
+    u32 sampled[EACH][D / 64], widest[EACH];    // all on their way at once
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
         const int i = warp * EACH + j, at = i >= taken ? 0 : blocks < SAMPLE ? i : (int)((u32)i * (u32)blocks / SAMPLE);
-        const u32* z = (const u32*)(center + ((i64)pid * capacity + at) * D) + lane;
+        const u32* z = (const u32*)(channels + ((i64)pid * capacity + at) * D) + lane;
+        widest[j] = scale_codes[(i64)pid * capacity + at];
 #pragma unroll
         for (int h = 0; h < D / 64; ++h) sampled[j][h] = z[32 * h];
     }
@@ -36,8 +37,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
 #pragma unroll
     for (int j = 0; j < EACH; ++j) {
         dot[j] = 0.0f;
+        // A channel is 64 centers and what its scale is finer, in eighths of an octave; the grid may lie anywhere: exp2 is good enough.
+        const float top = (__uint_as_float(widest[j] | 0x4b000000u) - 8388608.0f) * 0.125f + (1048576.0f - 18.0f - 7.0f);
+        auto center_of = [&](u32 x) {
+            const float center = __uint_as_float((x & 0xffc0u ^ 0x8000u) | 0x4b000000u) - CENTER_ZERO;
+            return center * exp2_fast(fmaf(__uint_as_float(x & 63u | 0x4b000000u), -0.125f, top));
+        };
 #pragma unroll
-        for (int h = 0; h < D / 64; ++h) dot[j] += x[h].x * low_half(sampled[j][h]) + x[h].y * high_half(sampled[j][h]);
+        for (int h = 0; h < D / 64; ++h) dot[j] += x[h].x * center_of(sampled[j][h]) + x[h].y * center_of(sampled[j][h] >> 16);
     }
     const float sum = sum_apart<EACH, 32>(dot, lane);
     if (lane % (32 / EACH) == 0) logits[warp * EACH + lane / (32 / EACH)] = sum * scale;

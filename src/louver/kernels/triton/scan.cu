@@ -5,18 +5,22 @@
 // columns of an m16n8k32 product of bytes: column 2 h is the high byte of head h, 2 h + 1 its low byte, so that a lane holds both sums of
 // its head and joins them exactly. One AND makes an operand of codes; high nibbles count 16 times. Codes reach a lane through a queue of
 // its own in shared memory, AHEAD tiles deep, by asynchronous copies of exactly the bytes that the lane itself reads: no lane waits for
-// another. Frames and radii are copied one block ahead, and shared by the warp.
+// another. Frames and radii are copied one block ahead, and shared by the warp; a lane takes D / 32 channels of a frame apart for all.
+// Tiles of a block's first and second half alternate: their radii share bytes.
 // Macros: D, G, L, S, FRAME, DROP, Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
 #define W (D / 32)                         // 32-bit words of codes per lane and key
 #define TILES (L / 16)
 #define PLANES ((G + 3) / 4)               // groups of four heads
 #define CHANNELS (4 * W)                   // channels of the query a lane scales: a quarter of one half
+#define QUARTER (CHANNELS + 2)             // of a frame taken apart, padded against bank conflicts
 #define TILE_BYTES (8 * D)
-#define FRAME_BYTES (3 * D + L * S + 16)   // center, scale, radii, units
+#define RADII (L / 2 * S)
+#define FRAME_BYTES (2 * D + RADII + 32)   // channels, radii, where radii begin, their units
 #define QUANTA 32512.0f                    // steps the largest channel of the scaled query is given
 #define WHOLE 12582912.0f                  // 1.5 2^23: added to it, a float's low bits are a whole number; conversions are few a clock
 #define WHOLE_BITS 0x4b400000
-#define BYTE_ZERO 32768.0f                 // a byte in the second byte of this float's bits adds its value
+#define LOW_ZERO 32768.0f                  // a byte in the second byte of this float's bits adds its value,
+#define HIGH_ZERO 2048.0f                  // of this one's a sixteenth: a high nibble its code
 #define STAGED (L + 8)                     // codes of a head, padded against bank conflicts
 
 __device__ __forceinline__ void product(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -29,13 +33,14 @@ struct Shared {
     float2 query[PLANES][CHANNELS][32];    // q, and q^2 times the metric's weight, as lanes read them
     int bins[G][BINS];
     u16 staged[WARPS][G][STAGED];
+    float2 apart[WARPS][8][QUARTER];       // scale, and center in 128ths of it, by lane's quarter
     u8 frames[WARPS][2][FRAME_BYTES];
     u8 codes[WARPS][AHEAD][TILE_BYTES];
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
-    const void* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ center, const u8* __restrict__ scale_codes,
-    const u8* __restrict__ radius, const float* __restrict__ unit, const float* __restrict__ scales,
+    const void* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ channels, const u8* __restrict__ scale_codes,
+    const u8* __restrict__ radius, const float* __restrict__ least, const float* __restrict__ unit, const float* __restrict__ scales,
     const float* __restrict__ weight, const int* __restrict__ num_blocks, const int* __restrict__ kv_start,
     const int* __restrict__ kv_len, const float* low, const int* floor_code, short* __restrict__ upper, float* __restrict__ reach,
     int* hist, float* masses, int num_kv_heads, int capacity, int sinks, int recent, float scale, float slack_scaled,
@@ -63,12 +68,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         const i64 at = base + block;
         u8* to = s.frames[warp][slot];
 #pragma unroll
-        for (int i = lane; i < (3 * D + L * S) / 16; i += 32) {
-            const u8* from = i < D / 8 ? (const u8*)(center + at * D) + 16 * i
-                             : i < 3 * D / 16 ? scale_codes + at * D + (16 * i - 2 * D) : radius + at * L * S + (16 * i - 3 * D);
-            copy_async<16>(to + 16 * i, from);
-        }
-        if (lane < S) copy_async<4>(to + 3 * D + L * S + 4 * lane, unit + at * S + lane);
+        for (int i = lane; i < (2 * D + RADII) / 16; i += 32)
+            copy_async<16>(to + 16 * i, i < D / 8 ? (const u8*)(channels + at * D) + 16 * i : radius + at * RADII + (16 * i - 2 * D));
+        if (lane < 2 * S) copy_async<4>(to + 2 * D + RADII + 4 * lane, (lane < S ? least : unit - S) + at * S + lane);
     };
     // The queues' first tiles are megabytes: what the start depends on is asked for before them, or would wait behind them.
     constexpr int THREADS = WARPS * 32;
@@ -83,10 +85,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     float table[(255 + THREADS) / THREADS];
 #pragma unroll
     for (int j = 0; j < (255 + THREADS) / THREADS; ++j) table[j] = scales[min(threadIdx.x + j * THREADS, 255)];
+    // The i-th tile that is read: of the block's two halves in turn.
+    auto tile_at = [](int i) { return i / 2 + i % 2 * (TILES / 2); };
+    int widest_code = 0;
     if (b < blocks) {
         fetch_frame(b, 0);
+        widest_code = scale_codes[base + b];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) { fetch_tile(b, i, i); commit(); }
+        for (int i = 0; i < AHEAD; ++i) { fetch_tile(b, tile_at(i), i); commit(); }
     }
 
 #pragma unroll
@@ -123,34 +129,49 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         arrived<AHEAD - 1>();
         __syncwarp();
         const u8* const frame = s.frames[warp][slot];
-        if (more) fetch_frame(next, slot ^ 1);  // joins the group of the next tile asked for
+        {   // Take the frame apart.
+            const u32* const packed = (const u32*)(frame + 2 * W * lane);
+            const float* const scale_of = s.table + widest_code;
+            float4* const to = (float4*)&s.apart[warp][lane / 4][W * (lane % 4)];
+#pragma unroll
+            for (int i = 0; i < W / 2; ++i) {
+                const u32 word = packed[i], centers = (word & 0xffc0ffc0u) ^ 0x80008000u;
+                to[i] = make_float4(
+                    scale_of[-(int)(word & 63)], __uint_as_float(__byte_perm(centers, 0x4b000000u, 0x7410)) - CENTER_ZERO,
+                    scale_of[-(int)(word >> 16 & 63)], __uint_as_float(__byte_perm(centers, 0x4b000000u, 0x7432)) - CENTER_ZERO);
+            }
+        }
+        if (more) {
+            fetch_frame(next, slot ^ 1);  // joins the group of the next tile asked for
+            widest_code = scale_codes[base + next];
+        }
+        __syncwarp();
 
         // Scale the query by the frame, and round it.
         u32 p[PLANES][2][W];
         int zero[PLANES][4];
-        float offset[PLANES], step[PLANES], factor[PLANES][S], drop[PLANES], base_width[PLANES];
+        float offset[PLANES], step[PLANES], factor[PLANES][S], drop[PLANES], base_width[PLANES][2];
         bool fits = true;
 #pragma unroll
         for (int n = 0; n < PLANES; ++n) {
             float part[CHANNELS], bias = 0.0f, centered = 0.0f, square = 0.0f, widest = 0.0f;
-            const u32* const fz = (const u32*)(frame + (half * (D / 2) + CHANNELS * t) * 2);
-            const u32* const fs = (const u32*)(frame + 2 * D + half * (D / 2) + CHANNELS * t);
+            const float4* const channel = (const float4*)s.apart[warp][4 * half + t];
 #pragma unroll
-            for (int w = 0; w < W; ++w) {
-                const u32 sc = fs[w];
+            for (int c = 0; c < CHANNELS; c += 2) {
+                const float4 two = channel[c / 2];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float2 x = s.query[n][4 * w + j][lane];
-                    const float sigma = s.table[(sc >> (8 * j)) & 255];
-                    const u32 zz = fz[2 * w + j / 2];
-                    const float y = x.x * (j % 2 ? high_half(zz) : low_half(zz));
-                    part[4 * w + j] = x.x * sigma;
-                    widest = fmaxf(widest, fabsf(part[4 * w + j]));
-                    bias += y;
-                    centered += fabsf(y);
+                for (int j = 0; j < 2; ++j) {
+                    const float2 x = s.query[n][c + j][lane];
+                    const float sigma = j ? two.z : two.x, y = x.x * sigma, z = y * (j ? two.w : two.y);
+                    part[c + j] = y;
+                    widest = fmaxf(widest, fabsf(y));
+                    bias += z;
+                    centered += fabsf(z);
                     square += FRAME == 1 ? x.y * sigma : x.y;
                 }
             }
+            bias *= 0x1p-7f;
+            centered *= 0x1p-7f;
 #pragma unroll
             for (int m = 1; m <= 4; m *= 2) {
                 widest = fmaxf(widest, __shfl_xor_sync(FULL, widest, m));
@@ -181,33 +202,38 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
 #pragma unroll
                 for (int j = 0; j < S; ++j) squares[j] = __shfl_sync(FULL, square, (lane & ~7) | (4 * (j / 2)) | (2 * (j % 2)));
             }
-            const float* units = (const float*)(frame + 3 * D + L * S);
+            const float* const leasts = (const float*)(frame + 2 * D + RADII);
             const float slack = slack_scaled * size + slack_centered * centered + slack_fixed;
             const float allowed = (fabsf(lowest[n]) + scale * (centered + 8.0f * D * size)) * 0x1p-19f;  // rounding of what follows, nats
             float mine_offset = bias * k + (slack * scale - lowest[n] + allowed) * STEPS + 1.0f;
-            float mine_factor[S], reached = slack * scale + 2.0f * allowed;
+            float mine_factor[S], mine_least = 0.0f, reached = slack * scale + 2.0f * allowed;
             const float doubt = reached * STEPS;
-            fits = fits && size < 1e30f && fabsf(mine_offset) < 1e30f;
             const bool writes = t == 0 && !odd && 4 * n + r / 2 < G;
             float* out = reach + block * (S + 2) * G + 4 * n + r / 2;
-            if (writes) out[S * G] = reached;
+            float most = 0.0f;
 #pragma unroll
             for (int j = 0; j < S; ++j) {
-                mine_factor[j] = root(squares[j]) * (units[j] * inflation) * scale;
-                fits = fits && mine_factor[j] * 255.0f < 1e30f;
-                reached += 254.0f * mine_factor[j];
+                const float norm = root(squares[j]) * inflation * scale;
+                mine_factor[j] = norm * leasts[S + j];
+                mine_least = fmaf(norm, leasts[j], mine_least);
+                most += mine_factor[j];
                 if (writes) out[j * G] = mine_factor[j];
             }
-            if (writes) out[(S + 1) * G] = reached;
+            reached += mine_least;
+            most = fmaf(most, 14.0f, reached);
+            fits = fits && size < 1e30f && fabsf(mine_offset) < 1e30f && most < 1e27f;
+            if (writes) out[S * G] = reached;
+            if (writes) out[(S + 1) * G] = most;
             const int holder = 8 * t;        // a lane that scaled the head whose results this lane holds
             offset[n] = __shfl_sync(FULL, mine_offset, holder);
             step[n] = __shfl_sync(FULL, size * (1.0f / QUANTA) * k, holder);
             drop[n] = 2.0f * __shfl_sync(FULL, doubt, holder) + 3.0f + floors[n] + BIN_CODES / 2;
-            base_width[n] = 0.0f;
+            base_width[n][0] = base_width[n][1] = __shfl_sync(FULL, mine_least * (STEPS * (1.0f + 0x1p-18f)), holder);
 #pragma unroll
             for (int j = 0; j < S; ++j) {
                 factor[n][j] = __shfl_sync(FULL, mine_factor[j] * (STEPS * (1.0f + 0x1p-18f)), holder);
-                base_width[n] -= (BYTE_ZERO - 0x1p-6f) * factor[n][j];  // 2^-6: what rounding of sums with BYTE_ZERO costs, and more
+                base_width[n][0] -= (LOW_ZERO - 0x1p-6f) * factor[n][j];    // 2^-6: what rounding of sums with LOW_ZERO costs, and more
+                base_width[n][1] -= (HIGH_ZERO - 0x1p-6f) * factor[n][j];
             }
             // 8 sum(p), in whole numbers: every row of the result is the same.
             zero[n][0] = zero[n][1] = zero[n][2] = zero[n][3] = 0;
@@ -220,8 +246,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         const bool usable = __all_sync(FULL, fits);
         const int first = max(sinks - b * L, 0), span = usable ? max(length - recent - b * L - first, 0) : 0;
 
-#pragma unroll 2
-        for (int i = 0; i < TILES; ++i) {
+        for (int pair = 0; pair < TILES / 2; ++pair)
+#pragma unroll
+          for (int second = 0; second < 2; ++second) {
+            const int i = 2 * pair + second;
             if (i) arrived<AHEAD - 1>();
             u32* const own = (u32*)(queue + (i % AHEAD) * TILE_BYTES);
             u32 a[W], c[W];
@@ -249,29 +277,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                 }
             {   // what was in the queue has been read: ask for the tile AHEAD of this one
                 const int to = i + AHEAD;
-                if (to < TILES) fetch_tile(b, to, i % AHEAD);
-                else if (more) fetch_tile(next, to - TILES, i % AHEAD);
+                if (to < TILES) fetch_tile(b, tile_at(to), i % AHEAD);
+                else if (more) fetch_tile(next, tile_at(to - TILES), i % AHEAD);
                 commit();
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int in_block = i * 16 + r + 8 * j;
-                const u8* const radii = frame + 3 * D + in_block * S;
-                const u32 packed = S == 1 ? *radii : S == 2 ? *(const u16*)radii : *(const u32*)radii;
+                const int in_half = pair * 16 + r + 8 * j, in_block = in_half + second * (L / 2);
+                const u8* const radii = frame + 2 * D + in_half * S;
+                const u32 both = S == 1 ? *radii : S == 2 ? *(const u16*)radii : *(const u32*)radii;
+                const u32 packed = both & (second ? 0xf0f0f0f0u : 0x0f0f0f0fu);
                 bool decided = (u32)(in_block - first) >= (u32)span;
-                float code_of[S];
+                float code_of[S];                // and the zero of its half
 #pragma unroll
                 for (int m = 0; m < S; ++m) {
-                    const u32 code = (packed >> (8 * m)) & 255;
-                    decided = decided || code == 255;
-                    code_of[m] = __uint_as_float(__byte_perm(packed, 0x47000000u, 0x7404 | m << 4));
+                    code_of[m] = __uint_as_float(__byte_perm(packed, second ? 0x45000000u : 0x47000000u, 0x7404 | m << 4));
+                    decided = decided || code_of[m] == (second ? HIGH_ZERO : LOW_ZERO) + 15.0f;
                 }
 #pragma unroll
                 for (int n = 0; n < PLANES; ++n) {
                     const int mine = 4 * n + t;
                     const float high = __int_as_float(lo[n][2 * j] + (hi[n][2 * j] >> 4)) - WHOLE;
                     const float fine = __int_as_float(lo[n][2 * j + 1] + (hi[n][2 * j + 1] >> 4)) - WHOLE;
-                    float width = base_width[n];
+                    float width = base_width[n][second];
 #pragma unroll
                     for (int m = 0; m < S; ++m) width = fmaf(code_of[m], factor[n][m], width);
                     float position = fmaf(high, 256.0f * step[n], fmaf(fine, step[n], offset[n])) + width;

@@ -20,9 +20,8 @@
 
 struct __align__(16) Block {            // what decides and weighs a block's keys, and the frame of its values
     u8 upper[G][ROW];
-    u8 radius[L * S];
-    u8 center[2 * D];
-    u8 scale[D];
+    u8 radius[L / 2 * S];
+    u8 frame[2 * D];
     u8 reach[(REACH + 15) / 16 * 16];
     float spread, error, unused[2];
 };
@@ -41,7 +40,7 @@ struct Shared {
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     const u8* upper, const u8* reach, const u8* __restrict__ radius, const u8* __restrict__ value_codes,
-    const u8* __restrict__ value_center, const u8* __restrict__ value_scale, const float* __restrict__ value_error,
+    const u8* __restrict__ value_frame, const u8* __restrict__ value_scale, const float* __restrict__ value_error,
     const float* __restrict__ value_spread, const float* __restrict__ scales, const int* __restrict__ num_blocks, const float* low,
     const int* hist, const int* floor_code, const float* masses, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
     int* __restrict__ cuts, float* __restrict__ tau, int* __restrict__ listed, int* counters, float* __restrict__ part_out,
@@ -59,9 +58,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
         auto pieces = [&](u8* into, const u8* from, int bytes) {
             for (int i = lane; i < bytes / 16; i += 32) copy_async<16>(into + 16 * i, from + 16 * i);
         };
-        pieces(to.radius, radius + at * L * S, L * S);
-        pieces(to.center, value_center + at * 2 * D, 2 * D);
-        pieces(to.scale, value_scale + at * D, D);
+        pieces(to.radius, radius + at * (L / 2) * S, L / 2 * S);
+        pieces(to.frame, value_frame + at * 2 * D, 2 * D);
         if (lane == 0) copy_async<4>(&to.spread, value_spread + at);
         if (lane == 1) copy_async<4>(&to.error, value_error + at);
     };
@@ -175,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
             fetch_bounds(next + stride, slot == 0 ? 2 : slot - 1);
         }
 
+        const int widest = value_scale[(i64)pid * capacity + b];
         const float* reached = (const float*)here_block.reach + (real ? head : 0);
         // In steps of log2: half-width = base + sum of codes times factors, weight = 2^(at code - half-width).
         float factor[S], base = (reached[S * G] * (1.0f + 0x1p-18f) + hidden) * LOG2E;
@@ -202,7 +201,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
             if (turn || i) arrived<AHEAD - 1>();
             const int first = (turn * AHEAD + i) * 16 + 4 * t + 2 * sub;
             const u32* codes = (const u32*)(here_block.upper[real ? head : 0] + 2 * first);
-            const u8* radii = here_block.radius + first * S;
+            const bool second = turn * AHEAD + i >= STEPS16 / 2;    // of the block's halves, whose radii share bytes
+            const u8* radii = here_block.radius + (first - (second ? L / 2 : 0)) * S;
             u32 weights[KEYS / 2];
 #pragma unroll
             for (int j = 0; j < KEYS; ++j) {
@@ -210,7 +210,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
                 const u32 both = codes[j / 2] ^ (SIGNED | SIGNED << 16);
                 const float code = __uint_as_float(__byte_perm(both, 0x4b000000u, j % 2 ? 0x7432 : 0x7410)) - HALF_ZERO;
                 // The radii of two keys lie in one word where they are one or two bytes each.
-                const u32 packed = S == 4 ? ((const u32*)radii)[j] : S == 2 ? ((const u32*)radii)[j / 2] : ((const u16*)radii)[j / 2];
+                const u32 both_radii = S == 4 ? ((const u32*)radii)[j] : S == 2 ? ((const u32*)radii)[j / 2] : ((const u16*)radii)[j / 2];
+                const u32 packed = both_radii >> (second ? 4 : 0) & 0x0f0f0f0fu;
                 float width = base;
 #pragma unroll
                 for (int m = 0; m < S; ++m) {
@@ -277,22 +278,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
             sum += __shfl_xor_sync(FULL, sum, 1);
             sum += __shfl_xor_sync(FULL, sum, 2);
             if (PAIRED) sum += __shfl_xor_sync(FULL, sum, 16);
+            sum *= 0x1p-7f;                  // centers come in 128ths of the scale
             const float sum0 = __shfl_sync(FULL, sum, mine0 * 4), sum1 = __shfl_sync(FULL, sum, (mine0 + 1) * 4);
 #pragma unroll
             for (int pass = 0; pass < (PAIRED ? 1 : 2); ++pass) {   // paired columns are the same: half of the lanes take each half
                 const int half = PAIRED ? t / 2 : pass, at = half * (D / 2) + r * 4 * W;
-                const u32* center = (const u32*)(here_block.center + 2 * at);
-                const u32* scale = (const u32*)(here_block.scale + at);
+                const u32* channels = (const u32*)(here_block.frame + 2 * at);
+                const float* const scale_of = s.table + widest;
                 const float lift = half ? 0x1p20f : 0x1p24f;
                 float* const to = s.out[warp][0] + half * OUT_HALF + r;
 #pragma unroll
                 for (int j = 0; j < TILES; ++j) {
-                    const float sigma = s.table[(scale[j / 4] >> (8 * (j % 4))) & 255], up = lift * sigma;
-                    const u32 zz = center[j / 2];
-                    const float z = (j % 2 ? high_half(zz) : low_half(zz)) - 8.0f * sigma;
+                    const u32 word = channels[j / 2], center = (word & 0xffc0ffc0u) ^ 0x80008000u;
+                    const float sigma = scale_of[-(int)(word >> 16 * (j % 2) & 63)];
+                    // 64 centers, less 16: of codes' sums as of centers, half a scale counts 64
+                    const float z = __uint_as_float(__byte_perm(center, 0x4b000000u, j % 2 ? 0x7432 : 0x7410)) - (CENTER_ZERO + 1024.0f);
                     const float x0 = half ? acc[j][2] : acc[j][0], x1 = half ? acc[j][3] : acc[j][1];
-                    if (mine0 < G) to[mine0 * OUT_ROW + 8 * j] += fmaf(x0, up, sum0 * z);
-                    if (mine0 + 1 < G) to[(mine0 + 1) * OUT_ROW + 8 * j] += fmaf(x1, up, sum1 * z);
+                    if (mine0 < G) to[mine0 * OUT_ROW + 8 * j] += sigma * fmaf(sum0, z, x0 * lift);
+                    if (mine0 + 1 < G) to[(mine0 + 1) * OUT_ROW + 8 * j] += sigma * fmaf(sum1, z, x1 * lift);
                 }
             }
         }
