@@ -14,11 +14,13 @@
 #define CHANNELS (4 * W)                   // channels of the query a lane scales: a quarter of one half
 #define QUARTER (CHANNELS + 2)             // of a frame taken apart, padded against bank conflicts
 #define TILE_BYTES (8 * D)
+#define HALF_BYTES (L / 2 * (D / 2))       // of a block's codes
 #define RADII (L / 2 * S)
 #define FRAME_BYTES (2 * D + RADII + 32)   // channels, radii, where radii begin, their units
 #define QUANTA 32512.0f                    // steps the largest channel of the scaled query is given
 #define WHOLE 12582912.0f                  // 1.5 2^23: added to it, a float's low bits are a whole number; conversions are few a clock
 #define WHOLE_BITS 0x4b400000
+#define SPAN 65535.0f                      // codes of the grid: positions on it are kept from 0 to 1, where clamping is free
 #define LOW_ZERO 32768.0f                  // a byte in the second byte of this float's bits adds its value,
 #define HIGH_ZERO 2048.0f                  // of this one's a sixteenth: a high nibble its code
 #define STAGED (L + 8)                     // codes of a head, padded against bank conflicts
@@ -27,6 +29,11 @@ __device__ __forceinline__ void product(int c[4], u32 a0, u32 a1, u32 a2, u32 a3
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ float sum_clamped(float a, float b) {
+    float r;
+    asm("add.sat.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
 }
 struct Shared {
     float table[256];
@@ -55,14 +62,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     int b = blockIdx.y * WARPS + warp;
 
     u8* const queue = s.codes[warp][0] + r * (D / 2) + t * 4 * W;
-    const u8* const lane_codes = codes + (base * L + r) * (D / 2) + t * 4 * W;
-    auto fetch_tile = [&](int block, int tile, int slot) {
-        const u8* from = lane_codes + ((i64)block * L + tile * 16) * (D / 2);
+    const u8* here = codes + ((base + b) * L + r) * (D / 2) + t * 4 * W;    // of a block's tokens r, what this lane reads
+    i64 hop = (i64)stride * L * (D / 2);
+    asm volatile("" : "+l"(hop));            // or it is computed anew for every tile
+    auto fetch_tile = [&](const u8* from, u8* to) {
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
             for (int i = 0; i < 4 * W; i += (W >= 4 ? 16 : 8))
-                copy_async<(W >= 4 ? 16 : 8)>(queue + slot * TILE_BYTES + j * 4 * D + i, from + j * 4 * D + i);
+                copy_async<(W >= 4 ? 16 : 8)>(to + j * 4 * D + i, from + j * 4 * D + i);
     };
     auto fetch_frame = [&](int block, int slot) {  // all 16-byte pieces of a block's frame, spread over the warp
         const i64 at = base + block;
@@ -85,14 +93,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     float table[(255 + THREADS) / THREADS];
 #pragma unroll
     for (int j = 0; j < (255 + THREADS) / THREADS; ++j) table[j] = scales[min(threadIdx.x + j * THREADS, 255)];
-    // The i-th tile that is read: of the block's two halves in turn.
-    auto tile_at = [](int i) { return i / 2 + i % 2 * (TILES / 2); };
     int widest_code = 0;
     if (b < blocks) {
         fetch_frame(b, 0);
         widest_code = scale_codes[base + b];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) { fetch_tile(b, tile_at(i), i); commit(); }
+        for (int i = 0; i < AHEAD; ++i) { fetch_tile(here + i / 2 * TILE_BYTES + i % 2 * HALF_BYTES, queue + i * TILE_BYTES); commit(); }
     }
 
 #pragma unroll
@@ -109,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     for (int i = threadIdx.x; i < G * BINS; i += THREADS) s.bins[0][i] = 0;
     __syncthreads();
     awaited();                             // where the grid lies, and clear histograms
-    const float k = scale * STEPS;
-    float below[PLANES], kept[PLANES], lowest[PLANES], floors[PLANES];
+    const float step_share = STEPS / SPAN, k = scale * step_share;
+    float below[PLANES], kept[PLANES], lowest[PLANES], floors[PLANES], lifted[PLANES];
     int whole_floors[PLANES];
     const bool odd = half;
 #pragma unroll
@@ -120,9 +126,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         lowest[n] = scaled_head < G ? low[pid * G + scaled_head] : 0.0f;
         whole_floors[n] = mine < G ? floor_code[pid * G + mine] : 0;
         floors[n] = (float)whole_floors[n];
+        lifted[n] = (floors[n] + 0.5f * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E;
     }
     int slot = 0;
-    for (; b < blocks; b += stride, slot ^= 1) {
+    for (; b < blocks; b += stride, slot ^= 1, here += hop) {
         const int next = b + stride;
         const bool more = next < blocks;
         const i64 block = base + b;
@@ -149,7 +156,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
 
         // Scale the query by the frame, and round it.
         u32 p[PLANES][2][W];
-        int zero[PLANES][4];
         float offset[PLANES], step[PLANES], factor[PLANES][S], drop[PLANES], base_width[PLANES][2];
         bool fits = true;
 #pragma unroll
@@ -205,9 +211,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             const float* const leasts = (const float*)(frame + 2 * D + RADII);
             const float slack = slack_scaled * size + slack_centered * centered + slack_fixed;
             const float allowed = (fabsf(lowest[n]) + scale * (centered + 8.0f * D * size)) * 0x1p-19f;  // rounding of what follows, nats
-            float mine_offset = bias * k + (slack * scale - lowest[n] + allowed) * STEPS + 1.0f;
+            float mine_offset = bias * k + (slack * scale - lowest[n] + allowed) * step_share + 1.0f / SPAN;
             float mine_factor[S], mine_least = 0.0f, reached = slack * scale + 2.0f * allowed;
-            const float doubt = reached * STEPS;
+            const float doubt = reached * step_share;
             const bool writes = t == 0 && !odd && 4 * n + r / 2 < G;
             float* out = reach + block * (S + 2) * G + 4 * n + r / 2;
             float most = 0.0f;
@@ -225,49 +231,61 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             if (writes) out[S * G] = reached;
             if (writes) out[(S + 1) * G] = most;
             const int holder = 8 * t;        // a lane that scaled the head whose results this lane holds
-            offset[n] = __shfl_sync(FULL, mine_offset, holder);
-            step[n] = __shfl_sync(FULL, size * (1.0f / QUANTA) * k, holder);
-            drop[n] = 2.0f * __shfl_sync(FULL, doubt, holder) + 3.0f + floors[n] + BIN_CODES / 2;
-            base_width[n][0] = base_width[n][1] = __shfl_sync(FULL, mine_least * (STEPS * (1.0f + 0x1p-18f)), holder);
+            step[n] = __shfl_sync(FULL, size * (0.0625f / QUANTA) * k, holder);    // of sixteenths, as codes are summed
+            drop[n] = fmaf(2.0f, __shfl_sync(FULL, doubt, holder), (3.0f + floors[n] + BIN_CODES / 2) * (1.0f / SPAN));
+            base_width[n][0] = base_width[n][1] = __shfl_sync(FULL, mine_least * (step_share * (1.0f + 0x1p-18f)), holder);
 #pragma unroll
             for (int j = 0; j < S; ++j) {
-                factor[n][j] = __shfl_sync(FULL, mine_factor[j] * (STEPS * (1.0f + 0x1p-18f)), holder);
+                factor[n][j] = __shfl_sync(FULL, mine_factor[j] * (step_share * (1.0f + 0x1p-18f)), holder);
                 base_width[n][0] -= (LOW_ZERO - 0x1p-6f) * factor[n][j];    // 2^-6: what rounding of sums with LOW_ZERO costs, and more
                 base_width[n][1] -= (HIGH_ZERO - 0x1p-6f) * factor[n][j];
             }
             // 8 sum(p), in whole numbers: every row of the result is the same.
-            zero[n][0] = zero[n][1] = zero[n][2] = zero[n][3] = 0;
+            int zero[4] = {};
 #pragma unroll
             for (int w = 0; w < W; w += 2)
 #pragma unroll
                 for (int h = 0; h < 2; ++h)
-                    product(zero[n], 0x08080808u, 0x08080808u, 0x08080808u, 0x08080808u, p[n][h][w], p[n][h][w + 1]);
+                    product(zero, 0x08080808u, 0x08080808u, 0x08080808u, 0x08080808u, p[n][h][w], p[n][h][w + 1]);
+            offset[n] = fmaf((float)(zero[0] * 256 + zero[1]), -16.0f * step[n], __shfl_sync(FULL, mine_offset, holder));
         }
         const bool usable = __all_sync(FULL, fits);
         const int first = max(sinks - b * L, 0), span = usable ? max(length - recent - b * L - first, 0) : 0;
-
-        for (int pair = 0; pair < TILES / 2; ++pair)
+        u32 boundless = 0;
 #pragma unroll
-          for (int second = 0; second < 2; ++second) {
-            const int i = 2 * pair + second;
-            if (i) arrived<AHEAD - 1>();
-            u32* const own = (u32*)(queue + (i % AHEAD) * TILE_BYTES);
+        for (int i = lane; i < RADII / 4; i += 32) {
+            const u32 x = ((const u32*)(frame + 2 * D))[i], pairs = x & x >> 1;
+            boundless |= pairs & pairs >> 2 & 0x11111111u;
+        }
+        const bool rare = span < L || first > 0 || __any_sync(FULL, boundless != 0);    // some key of the block is exact in any case
+
+        const u8* ahead = here + (AHEAD == TILES ? hop : AHEAD / 2 * TILE_BYTES);    // of the tile to ask for next
+        const u8* radii = frame + 2 * D + r * S;
+        u8* own = queue;
+        u16* staged = s.staged[warp][0] + t * STAGED + r;
+        int from_first = r - first;
+#pragma unroll 1
+        for (int pair = 0; pair < TILES / 2; ++pair, ahead += TILE_BYTES, radii += 16 * S, staged += 16, from_first += 16) {
+          u32 both[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) both[j] = S == 1 ? radii[8 * j] : S == 2 ? ((const u16*)radii)[8 * j] : ((const u32*)radii)[8 * j];
+          if (AHEAD < TILES && pair == TILES / 2 - AHEAD / 2) ahead += hop - HALF_BYTES;
+          const bool asks = more || (AHEAD < TILES && pair < TILES / 2 - AHEAD / 2);
+#pragma unroll
+          for (int second = 0; second < 2; ++second, own += TILE_BYTES) {
+            arrived<AHEAD - 1>();
             u32 a[W], c[W];
             if constexpr (W == 2) {
-                const uint2 x = *(const uint2*)own, y = *(const uint2*)(own + D);
+                const uint2 x = *(const uint2*)own, y = *(const uint2*)(own + 4 * D);
                 a[0] = x.x, a[1] = x.y, c[0] = y.x, c[1] = y.y;
             } else
 #pragma unroll
                 for (int w = 0; w < W; w += 4) {
-                    const uint4 x = *(const uint4*)(own + w), y = *(const uint4*)(own + D + w);
+                    const uint4 x = *(const uint4*)(own + 4 * w), y = *(const uint4*)(own + 4 * D + 4 * w);
                     a[w] = x.x, a[w + 1] = x.y, a[w + 2] = x.z, a[w + 3] = x.w;
                     c[w] = y.x, c[w + 1] = y.y, c[w + 2] = y.z, c[w + 3] = y.w;
                 }
-            int lo[PLANES][4], hi[PLANES][4];
-#pragma unroll
-            for (int n = 0; n < PLANES; ++n)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) { lo[n][j] = WHOLE_BITS - zero[n][j]; hi[n][j] = 0; }
+            int lo[PLANES][4] = {}, hi[PLANES][4] = {};
 #pragma unroll
             for (int w = 0; w < W; w += 2)
 #pragma unroll
@@ -275,53 +293,71 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                     product(lo[n], a[w] & 0x0f0f0f0fu, c[w] & 0x0f0f0f0fu, a[w + 1] & 0x0f0f0f0fu, c[w + 1] & 0x0f0f0f0fu, p[n][0][w], p[n][0][w + 1]);
                     product(hi[n], a[w] & 0xf0f0f0f0u, c[w] & 0xf0f0f0f0u, a[w + 1] & 0xf0f0f0f0u, c[w + 1] & 0xf0f0f0f0u, p[n][1][w], p[n][1][w + 1]);
                 }
-            {   // what was in the queue has been read: ask for the tile AHEAD of this one
-                const int to = i + AHEAD;
-                if (to < TILES) fetch_tile(b, tile_at(to), i % AHEAD);
-                else if (more) fetch_tile(next, tile_at(to - TILES), i % AHEAD);
-                commit();
-            }
+            // What was in the queue has been read: ask for the tile AHEAD of this one.
+            if (asks) fetch_tile(ahead + second * HALF_BYTES, own);
+            commit();
+            float width[PLANES][2], position[PLANES][2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int in_half = pair * 16 + r + 8 * j, in_block = in_half + second * (L / 2);
-                const u8* const radii = frame + 2 * D + in_half * S;
-                const u32 both = S == 1 ? *radii : S == 2 ? *(const u16*)radii : *(const u32*)radii;
-                const u32 packed = both & (second ? 0xf0f0f0f0u : 0x0f0f0f0fu);
-                bool decided = (u32)(in_block - first) >= (u32)span;
+                const u32 packed = both[j] & (second ? 0xf0f0f0f0u : 0x0f0f0f0fu);
                 float code_of[S];                // and the zero of its half
 #pragma unroll
-                for (int m = 0; m < S; ++m) {
+                for (int m = 0; m < S; ++m)
                     code_of[m] = __uint_as_float(__byte_perm(packed, second ? 0x45000000u : 0x47000000u, 0x7404 | m << 4));
-                    decided = decided || code_of[m] == (second ? HIGH_ZERO : LOW_ZERO) + 15.0f;
+#pragma unroll
+                for (int n = 0; n < PLANES; ++n) {
+                    const int high = lo[n][2 * j] * 16 + hi[n][2 * j], fine = lo[n][2 * j + 1] * 16 + hi[n][2 * j + 1];
+                    width[n][j] = base_width[n][second];
+#pragma unroll
+                    for (int m = 0; m < S; ++m) width[n][j] = fmaf(code_of[m], factor[n][m], width[n][j]);
+                    // The offset holds the step that rounding down may cost.
+                    position[n][j] = sum_clamped(fmaf((float)(high * 256 + fine), step[n], offset[n]), width[n][j]);
                 }
+            }
+            if (rare) {
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    bool decided = (u32)(from_first + 8 * j + second * (L / 2)) >= (u32)span;
+#pragma unroll
+                    for (int m = 0; m < S; ++m) decided = decided || (both[j] >> (8 * m + 4 * second) & 15) == 15;
+#pragma unroll
+                    for (int n = 0; n < PLANES; ++n) position[n][j] = decided ? 1.0f : position[n][j];
+                }
+            }
+            float lower[PLANES][2];
+            int over[PLANES][2];
+            bool some = false, counts[PLANES][2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
 #pragma unroll
                 for (int n = 0; n < PLANES; ++n) {
                     const int mine = 4 * n + t;
-                    const float high = __int_as_float(lo[n][2 * j] + (hi[n][2 * j] >> 4)) - WHOLE;
-                    const float fine = __int_as_float(lo[n][2 * j + 1] + (hi[n][2 * j + 1] >> 4)) - WHOLE;
-                    float width = base_width[n][second];
-#pragma unroll
-                    for (int m = 0; m < S; ++m) width = fmaf(code_of[m], factor[n][m], width);
-                    float position = fmaf(high, 256.0f * step[n], fmaf(fine, step[n], offset[n])) + width;
-                    position = fminf(fmaxf(position, 0.0f), 65535.0f);  // the offset holds the step that rounding down may cost
-                    const float rounded = position + WHOLE;
-                    const bool counts = mine < G && !decided && position < 65534.5f;
-                    if (mine < G) s.staged[warp][mine][in_block] = decided ? ALWAYS - SIGNED : (u16)(__float_as_int(rounded) - SIGNED);
+                    const float at = position[n][j], rounded = fmaf(at, SPAN, WHOLE + SIGNED);
+                    if (mine < G) staged[4 * n * STAGED + 8 * j + second * (L / 2)] = (u16)__float_as_int(rounded);
                     // From half a bin above the floor: rounded to the nearest, it is the bin or the one below.
-                    const float lower = position - fmaf(2.0f, width, drop[n]);
-                    if (DROP) {
-                        const int bin = __float_as_int(fmaf(lower, 1.0f / BIN_CODES, WHOLE)) - WHOLE_BITS;
-                        if (counts && lower >= -0.5f * BIN_CODES) atomicAdd(&s.bins[mine][min(bin, BINS - 1)], 1);
-                    } else {
-                        const int over = __float_as_int(rounded) - WHOLE_BITS - whole_floors[n];
-                        const float weight_up = exp2_fast((rounded - WHOLE) * (LOG2E / STEPS) - BELOW * LOG2E);
-                        const float weight_down = exp2_fast((lower + (floors[n] + 0.5f * BIN_CODES)) * (LOG2E / STEPS) - BELOW * LOG2E);
-                        below[n] += counts && over < 0 ? weight_up : 0.0f;
-                        kept[n] += counts && lower >= -0.5f * BIN_CODES ? weight_down : 0.0f;
-                        if (counts && over >= 0) atomicAdd(&s.bins[mine][min((int)((u32)over / BIN_CODES), BINS - 1)], 1);
+                    lower[n][j] = at - fmaf(2.0f, width[n][j], drop[n]);
+                    const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][j] >= -0.5f * BIN_CODES / SPAN;
+                    if (DROP) counts[n][j] = reaches;
+                    else {
+                        over[n][j] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
+                        const float weight_up = exp2_fast(fmaf(at, SPAN * LOG2E / STEPS, -BELOW * LOG2E));
+                        const float weight_down = exp2_fast(fmaf(lower[n][j], SPAN * LOG2E / STEPS, lifted[n]));
+                        counts[n][j] = inside && over[n][j] >= 0;
+                        below[n] += inside && over[n][j] < 0 ? weight_up : 0.0f;
+                        kept[n] += reaches ? weight_down : 0.0f;
                     }
+                    some = some || counts[n][j];
                 }
-            }
+            if (some)
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+#pragma unroll
+                    for (int n = 0; n < PLANES; ++n) {
+                        const int bin = DROP ? __float_as_int(fmaf(lower[n][j], SPAN / BIN_CODES, WHOLE)) - WHOLE_BITS : (int)((u32)over[n][j] / BIN_CODES);
+                        if (counts[n][j]) atomicAdd(&s.bins[4 * n + t][min(bin, BINS - 1)], 1);
+                    }
+          }
+          if (AHEAD < TILES && own == queue + AHEAD * TILE_BYTES) own = queue;
         }
         __syncwarp();
         uint4* to = (uint4*)(upper + block * G * L);
