@@ -1,16 +1,23 @@
-"""Every small case once, on the device named ("cuda"; default "cpu"): the program that compute-sanitizer watches."""
+"""Every small case once: the program that compute-sanitizer watches.
+
+every_check.py [DEVICE] [FROM:TO]    DEVICE: "cuda" or (default) "cpu"; FROM:TO: of the cases in turn, as a sanitizer is slow
+"""
 
 import sys
+from functools import partial
 
 import checks
 import looks_checks
 
+CASES = [
+    *(partial(checks.check, case) for case in checks.SMALL),
+    *(partial(checks.check_within, case) for case in checks.ERRORS),
+    *(partial(looks_checks.check_looks, case) for case in looks_checks.LOOKS),
+    looks_checks.check_tiny_mass,
+]
+
 if __name__ == "__main__":
-    device = sys.argv[1] if len(sys.argv) > 1 else "cpu"
-    for case in checks.SMALL:
-        print(case, checks.check(case, device), flush=True)
-    for case in checks.ERRORS:
-        print(case, checks.check_within(case, device), flush=True)
-    for case in looks_checks.LOOKS:
-        print(case, looks_checks.check_looks(case, device), flush=True)
-    looks_checks.check_tiny_mass(device)
+    device, chosen = (*sys.argv[1:], *("cpu", ":")[len(sys.argv) - 1 :])
+    first, last = (int(end) if end else None for end in chosen.split(":"))
+    for number, check in list(enumerate(CASES))[first:last]:
+        print(number, getattr(check, "args", ""), check(device), flush=True)

@@ -49,9 +49,7 @@ def _span(x, valid):
 @triton.jit
 def _widest(full_low, finest_low, full_high, finest_high):
     """The block's scale code: that of the widest channel, a step wider."""
-    widest = tl.maximum(
-        tl.max(tl.maximum(full_low, finest_low), 0), tl.max(tl.maximum(full_high, finest_high), 0)
-    )
+    widest = tl.maximum(tl.max(tl.maximum(full_low, finest_low), 0), tl.max(tl.maximum(full_high, finest_high), 0))
     return tl.minimum(tl.maximum(widest + 1, 0.0), 255.0)
 
 
@@ -203,7 +201,9 @@ def _encode_kernel(
             least = tl.where((least < float("inf")) & (least >= 2.0**-100), least, 0.0)
             above = tl.where(valid, norm - least, 0.0)
             unit = tl.maximum(tl.max(above, 0) * ((1 + 2.0**-20) / (NO_BOUND - 1)), 2.0**-100)
-            radius = tl.where(valid, tl.minimum(tl.ceil(above / unit), NO_BOUND - 1.0), tl.where(present, NO_BOUND, 0.0))
+            radius = tl.where(
+                valid, tl.minimum(tl.ceil(above / unit), NO_BOUND - 1.0), tl.where(present, NO_BOUND, 0.0)
+            )
             low, high = tl.split(tl.trans(tl.reshape(radius.to(tl.int32), (2, HLP))))
             tl.store(key_radius + (block * HL + j) * SLICES + s, (low | (high << 4)).to(tl.uint8), mask=j < HL)
             tl.store(radius_least + block * SLICES + s, least)
