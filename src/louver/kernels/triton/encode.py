@@ -5,8 +5,8 @@ The encoder is free to choose frames; its promise is the radius (sketch/encode.p
 held in two halves, each padded to a power of two: two radii share a byte.
 """
 
-# pyright: reportCallIssue=false
-# Constexprs and launch options are no parameters to a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# Constexprs and launch options are no parameters to a type checker, and what a jitted function returns is not known to it.
 
 import torch
 import triton
