@@ -10,6 +10,9 @@ and ``slack`` (geometry/rounding.py: rounded_query_slack) covers the rounding of
 radius code, what a code of 0 stands for (the slack and the least radii), and the largest half-width of the block.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# What a jitted function returns is not known to a type checker.
+
 import triton
 import triton.language as tl
 

@@ -4,6 +4,9 @@ A sketched key's weight is relative to e^(low + cut): no sketched key can reach 
 weights scaled by 2^15 cover 27 nats below it (what is smaller is charged to the certificate).
 """
 
+# pyright: reportGeneralTypeIssues=false
+# What a jitted function returns is not known to a type checker.
+
 import triton
 import triton.language as tl
 
