@@ -98,7 +98,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         fetch_frame(b, 0);
         widest_code = scale_codes[base + b];
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) { fetch_tile(here + i / 2 * TILE_BYTES + i % 2 * HALF_BYTES, queue + i * TILE_BYTES); commit(); }
+        for (int i = 0; i < AHEAD; ++i) {
+            fetch_tile(here + i / 2 * TILE_BYTES + i % 2 * HALF_BYTES, queue + i * TILE_BYTES);
+            if (i % 2) commit();
+        }
     }
 
 #pragma unroll
@@ -133,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         const int next = b + stride;
         const bool more = next < blocks;
         const i64 block = base + b;
-        arrived<AHEAD - 1>();
+        arrived<AHEAD / 2 - 1>();
         __syncwarp();
         const u8* const frame = s.frames[warp][slot];
         {   // Take the frame apart.
@@ -271,92 +274,98 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
           for (int j = 0; j < 2; ++j) both[j] = S == 1 ? radii[8 * j] : S == 2 ? ((const u16*)radii)[8 * j] : ((const u32*)radii)[8 * j];
           if (AHEAD < TILES && pair == TILES / 2 - AHEAD / 2) ahead += hop - HALF_BYTES;
           const bool asks = more || (AHEAD < TILES && pair < TILES / 2 - AHEAD / 2);
+          arrived<AHEAD / 2 - 1>();
+          int lo[2][PLANES][4] = {}, hi[2][PLANES][4] = {};
 #pragma unroll
-          for (int second = 0; second < 2; ++second, own += TILE_BYTES) {
-            arrived<AHEAD - 1>();
+          for (int second = 0; second < 2; ++second) {
+            const u8* const from = own + second * TILE_BYTES;
             u32 a[W], c[W];
             if constexpr (W == 2) {
-                const uint2 x = *(const uint2*)own, y = *(const uint2*)(own + 4 * D);
+                const uint2 x = *(const uint2*)from, y = *(const uint2*)(from + 4 * D);
                 a[0] = x.x, a[1] = x.y, c[0] = y.x, c[1] = y.y;
             } else
 #pragma unroll
                 for (int w = 0; w < W; w += 4) {
-                    const uint4 x = *(const uint4*)(own + 4 * w), y = *(const uint4*)(own + 4 * D + 4 * w);
+                    const uint4 x = *(const uint4*)(from + 4 * w), y = *(const uint4*)(from + 4 * D + 4 * w);
                     a[w] = x.x, a[w + 1] = x.y, a[w + 2] = x.z, a[w + 3] = x.w;
                     c[w] = y.x, c[w + 1] = y.y, c[w + 2] = y.z, c[w + 3] = y.w;
                 }
-            int lo[PLANES][4] = {}, hi[PLANES][4] = {};
 #pragma unroll
             for (int w = 0; w < W; w += 2)
 #pragma unroll
                 for (int n = 0; n < PLANES; ++n) {
-                    product(lo[n], a[w] & 0x0f0f0f0fu, c[w] & 0x0f0f0f0fu, a[w + 1] & 0x0f0f0f0fu, c[w + 1] & 0x0f0f0f0fu, p[n][0][w], p[n][0][w + 1]);
-                    product(hi[n], a[w] & 0xf0f0f0f0u, c[w] & 0xf0f0f0f0u, a[w + 1] & 0xf0f0f0f0u, c[w + 1] & 0xf0f0f0f0u, p[n][1][w], p[n][1][w + 1]);
+                    product(lo[second][n], a[w] & 0x0f0f0f0fu, c[w] & 0x0f0f0f0fu, a[w + 1] & 0x0f0f0f0fu, c[w + 1] & 0x0f0f0f0fu, p[n][0][w], p[n][0][w + 1]);
+                    product(hi[second][n], a[w] & 0xf0f0f0f0u, c[w] & 0xf0f0f0f0u, a[w + 1] & 0xf0f0f0f0u, c[w + 1] & 0xf0f0f0f0u, p[n][1][w], p[n][1][w + 1]);
                 }
-            // What was in the queue has been read: ask for the tile AHEAD of this one.
-            if (asks) fetch_tile(ahead + second * HALF_BYTES, own);
-            commit();
-            float width[PLANES][2], position[PLANES][2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const u32 packed = both[j] & (second ? 0xf0f0f0f0u : 0x0f0f0f0fu);
-                float code_of[S];                // and the zero of its half
-#pragma unroll
-                for (int m = 0; m < S; ++m)
-                    code_of[m] = __uint_as_float(__byte_perm(packed, second ? 0x45000000u : 0x47000000u, 0x7404 | m << 4));
-#pragma unroll
-                for (int n = 0; n < PLANES; ++n) {
-                    const int high = lo[n][2 * j] * 16 + hi[n][2 * j], fine = lo[n][2 * j + 1] * 16 + hi[n][2 * j + 1];
-                    width[n][j] = base_width[n][second];
-#pragma unroll
-                    for (int m = 0; m < S; ++m) width[n][j] = fmaf(code_of[m], factor[n][m], width[n][j]);
-                    // The offset holds the step that rounding down may cost.
-                    position[n][j] = sum_clamped(fmaf((float)(high * 256 + fine), step[n], offset[n]), width[n][j]);
-                }
-            }
-            if (rare) {
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    bool decided = (u32)(from_first + 8 * j + second * (L / 2)) >= (u32)span;
-#pragma unroll
-                    for (int m = 0; m < S; ++m) decided = decided || (both[j] >> (8 * m + 4 * second) & 15) == 15;
-#pragma unroll
-                    for (int n = 0; n < PLANES; ++n) position[n][j] = decided ? 1.0f : position[n][j];
-                }
-            }
-            float lower[PLANES][2];
-            int over[PLANES][2];
-            bool some = false, counts[PLANES][2];
-#pragma unroll
-            for (int j = 0; j < 2; ++j)
-#pragma unroll
-                for (int n = 0; n < PLANES; ++n) {
-                    const int mine = 4 * n + t;
-                    const float at = position[n][j], rounded = fmaf(at, SPAN, WHOLE + SIGNED);
-                    if (mine < G) staged[4 * n * STAGED + 8 * j + second * (L / 2)] = (u16)__float_as_int(rounded);
-                    // From half a bin above the floor: rounded to the nearest, it is the bin or the one below.
-                    lower[n][j] = at - fmaf(2.0f, width[n][j], drop[n]);
-                    const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][j] >= -0.5f * BIN_CODES / SPAN;
-                    if (DROP) counts[n][j] = reaches;
-                    else {
-                        over[n][j] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
-                        const float weight_up = exp2_fast(fmaf(at, SPAN * LOG2E / STEPS, -BELOW * LOG2E));
-                        const float weight_down = exp2_fast(fmaf(lower[n][j], SPAN * LOG2E / STEPS, lifted[n]));
-                        counts[n][j] = inside && over[n][j] >= 0;
-                        below[n] += inside && over[n][j] < 0 ? weight_up : 0.0f;
-                        kept[n] += reaches ? weight_down : 0.0f;
-                    }
-                    some = some || counts[n][j];
-                }
-            if (some)
-#pragma unroll
-                for (int j = 0; j < 2; ++j)
-#pragma unroll
-                    for (int n = 0; n < PLANES; ++n) {
-                        const int bin = DROP ? __float_as_int(fmaf(lower[n][j], SPAN / BIN_CODES, WHOLE)) - WHOLE_BITS : (int)((u32)over[n][j] / BIN_CODES);
-                        if (counts[n][j]) atomicAdd(&s.bins[4 * n + t][min(bin, BINS - 1)], 1);
-                    }
           }
+          // What was in the queue has been read: ask for the pair AHEAD / 2 of this one.
+          if (asks) {
+            fetch_tile(ahead, own);
+            fetch_tile(ahead + HALF_BYTES, own + TILE_BYTES);
+          }
+          commit();
+          float width[PLANES][4], position[PLANES][4];     // of the keys r + 8 j of either tile
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int j = i % 2;
+            const bool second = i / 2;
+            const u32 packed = both[j] & (second ? 0xf0f0f0f0u : 0x0f0f0f0fu);
+#pragma unroll
+            for (int n = 0; n < PLANES; ++n) {
+                const int* const low_sums = lo[second][n] + 2 * j;
+                const int* const high_sums = hi[second][n] + 2 * j;
+                const int high = low_sums[0] * 16 + high_sums[0], fine = low_sums[1] * 16 + high_sums[1];
+                width[n][i] = base_width[n][second];
+#pragma unroll
+                for (int m = 0; m < S; ++m)                // a code's byte in these bits: the code, and the zero of its half
+                    width[n][i] = fmaf(__uint_as_float(__byte_perm(packed, second ? 0x45000000u : 0x47000000u, 0x7404 | m << 4)), factor[n][m], width[n][i]);
+                // The offset holds the step that rounding down may cost.
+                position[n][i] = sum_clamped(fmaf((float)(high * 256 + fine), step[n], offset[n]), width[n][i]);
+            }
+          }
+          if (rare) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                bool decided = (u32)(from_first + i % 2 * 8 + i / 2 * (L / 2)) >= (u32)span;
+#pragma unroll
+                for (int m = 0; m < S; ++m) decided = decided || (both[i % 2] >> (8 * m + 4 * (i / 2)) & 15) == 15;
+#pragma unroll
+                for (int n = 0; n < PLANES; ++n) position[n][i] = decided ? 1.0f : position[n][i];
+            }
+          }
+          float lower[PLANES][4];
+          int over[PLANES][4];
+          bool some = false, counts[PLANES][4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int n = 0; n < PLANES; ++n) {
+                const int mine = 4 * n + t;
+                const float at = position[n][i], rounded = fmaf(at, SPAN, WHOLE + SIGNED);
+                if (mine < G) staged[4 * n * STAGED + i % 2 * 8 + i / 2 * (L / 2)] = (u16)__float_as_int(rounded);
+                // From half a bin above the floor: rounded to the nearest, it is the bin or the one below.
+                lower[n][i] = at - fmaf(2.0f, width[n][i], drop[n]);
+                const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][i] >= -0.5f * BIN_CODES / SPAN;
+                if (DROP) counts[n][i] = reaches;
+                else {
+                    over[n][i] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
+                    const float weight_up = exp2_fast(fmaf(at, SPAN * LOG2E / STEPS, -BELOW * LOG2E));
+                    const float weight_down = exp2_fast(fmaf(lower[n][i], SPAN * LOG2E / STEPS, lifted[n]));
+                    counts[n][i] = inside && over[n][i] >= 0;
+                    below[n] += inside && over[n][i] < 0 ? weight_up : 0.0f;
+                    kept[n] += reaches ? weight_down : 0.0f;
+                }
+                some = some || counts[n][i];
+            }
+          if (some)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int n = 0; n < PLANES; ++n) {
+                    const int bin = DROP ? __float_as_int(fmaf(lower[n][i], SPAN / BIN_CODES, WHOLE)) - WHOLE_BITS : (int)((u32)over[n][i] / BIN_CODES);
+                    if (counts[n][i]) atomicAdd(&s.bins[4 * n + t][min(bin, BINS - 1)], 1);
+                }
+          own += 2 * TILE_BYTES;
           if (AHEAD < TILES && own == queue + AHEAD * TILE_BYTES) own = queue;
         }
         __syncwarp();
