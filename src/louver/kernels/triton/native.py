@@ -71,7 +71,7 @@ def _rule(plan: Plan) -> tuple[c_longlong | c_int | c_float, ...]:
 def _scan_warps(plan: Plan, ctas: int) -> int:
     """Warps of a CTA of scan.cu: more where one block each then does for a KV head."""
     if plan.group > 4:
-        return 8 if plan.sketch.dims <= 128 else 4
+        return 8 if plan.sketch.dims == 128 or (plan.sketch.dims == 64 and plan.rule.drop) else 4
     return 12 if 8 * ctas < plan.sketch.capacity <= 12 * ctas and plan.sketch.dims <= 128 else 8
 
 

@@ -44,14 +44,16 @@ from louver.sketch.layout import Sketch
 # has less to save per token, so it takes as many bytes, and at least as many tokens.
 crossover = {"drop": 15360, "keep": 18432}
 CROSSOVER_WIDTH = 8 * 128
-NARROW_AND_SHARED = 2.25  # times as many in a narrower cache of which more than four query heads share a key (28 / 4 heads of 64: measured)
+# Times as many in a narrower cache of which more than four query heads share a key (28 / 4 heads of 64: measured).
+NARROW_AND_SHARED = {"drop": 1.6, "keep": 2.25}
 
 
 def is_short(tokens: int, width: int, group: int, drop: bool) -> bool:
     """Whether dense is faster for rows of so many tokens. ``width``: channels of a token over KV heads and rows of the batch."""
-    below = crossover["drop" if drop else "keep"]
+    kind = "drop" if drop else "keep"
+    below = crossover[kind]
     if width < CROSSOVER_WIDTH and group > 4:
-        below *= NARROW_AND_SHARED
+        below *= NARROW_AND_SHARED[kind]
     return tokens * min(width, CROSSOVER_WIDTH) <= below * CROSSOVER_WIDTH
 
 
