@@ -84,6 +84,20 @@ TABLES = {
         ),
         where={"backend": "triton", "data": "heavy_tailed"},
     ),
+    "gpu-unread": Table(
+        file="unread_h100.json",
+        columns=(
+            ("keys", "kv_len", ","),
+            ("policy", "policy", ""),
+            ("µs", "latency_us", ",.0f"),
+            ("against the best dense", "speedup_vs_best_dense", ".2f"),
+            ("bytes read", "bytes_fraction", ".1%"),
+            ("output error", "output_error", ".2%"),
+            ("its bound", "output_error_bound", ".2%"),
+            ("bounds violated", "num_bound_violations", ""),
+        ),
+        where={"backend": "triton"},
+    ),
     "gpu-dense": Table(
         file="speed_h100.json",
         columns=(
