@@ -100,7 +100,8 @@ def test_greedy_tokens_are_the_most_probable_when_forced(spec, prompt):
     tokens, decoded = prompt.greedy(layers, 20)
     again = prompt.forced(layers, tokens)
     assert torch.equal(again.logits.argmax(-1), tokens) and tokens.shape == (3, 20)
-    torch.testing.assert_close(again.logits, decoded.logits, atol=2e-3, rtol=1e-3)
+    # Read together and one by one queries round differently, and a bound near a cut moves its key to another tier.
+    torch.testing.assert_close(again.logits, decoded.logits, atol=2e-3 if spec == "dense" else 1e-2, rtol=1e-3)
 
 
 @pytest.mark.parametrize("length", [2, 513, 514, 700])
