@@ -83,6 +83,14 @@ LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t 
         std::memcpy(&x, codes + rows[i] + at, static_cast<size_t>(width));
         return x;
     };
+    // A copy of a length that is not known becomes a loop of its own.
+    auto put = [&](int32_t* to, const __m256i* sums) LOUVER_ALWAYS_INLINE {
+        if (width == 16) {
+            std::memcpy(to, sums, 64);
+        } else {
+            std::memcpy(to, sums, static_cast<size_t>(4 * width));
+        }
+    };
     __m256i even[kHeads][2], odd[kHeads][2];  // channels 2 j and 2 j + 1 of a vector of sixteen
     for (int g = 0; g < kHeads; ++g)
         for (int nib = 0; nib < 2; ++nib) even[g][nib] = odd[g][nib] = _mm256_setzero_si256();
@@ -112,7 +120,7 @@ LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t 
             const __m256i a = _mm256_unpacklo_epi32(even[g][nib], odd[g][nib]);
             const __m256i b = _mm256_unpackhi_epi32(even[g][nib], odd[g][nib]);
             const __m256i sums[2] = {_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31)};
-            std::memcpy(total + g * 2 * half + nib * half + at, sums, static_cast<size_t>(4 * width));
+            put(total + g * 2 * half + nib * half + at, sums);
         }
 }
 

@@ -6,11 +6,7 @@
 namespace louver::LOUVER_ISA {
 
 // What the query's halves are padded to: the bytes of codes that are multiplied at a time.
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-constexpr int64_t kCodeBytes = 32;
-#else
 constexpr int64_t kCodeBytes = 16;
-#endif
 constexpr int64_t padded_half(int64_t half) { return (half + kCodeBytes - 1) / kCodeBytes * kCodeBytes; }
 
 // dots[g * stride + i] = sum_d code(i, d) query[g, d] for up to kCodeTokens tokens i whose packed codes start at codes
@@ -102,66 +98,58 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
 
 #elif defined(__AVX2__)
 
-// Running sums of eight tokens, added up two by two, to the vector of their eight sums: of 32 bits, or of 16 that have
-// room for one more addition or none.
-enum class Width { wide, narrow, narrow_with_room };
-template <Width kWidth>
-LOUVER_INLINE __m256i sums_of_pairs(const __m256i* pair) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    auto four = [&](__m256i a, __m256i b) LOUVER_ALWAYS_INLINE {
-        if (kWidth == Width::narrow_with_room) return _mm256_madd_epi16(_mm256_hadd_epi16(a, b), ones);
-        if (kWidth == Width::narrow) a = _mm256_madd_epi16(a, ones), b = _mm256_madd_epi16(b, ones);
-        return _mm256_hadd_epi32(a, b);
-    };
-    const __m256i a = four(pair[0], pair[1]), b = four(pair[2], pair[3]);
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-}
-
-// Eight tokens, four heads at most, `pieces` times 32 packed bytes each. A product of a code and a query is at most 15
-// * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces, or in one or two and what is added to
-// it on the way to its token's sum.
+// Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a half
+// each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and a
+// query is at most 15 * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces.
 template <int kHeads, int kPieces>
 LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
                              int64_t half_padded, int32_t* dots, int64_t stride) {
-    constexpr bool kFew = kPieces == 1 || kPieces == 2;  // known here; else any number
-    constexpr int kTokens = kFew || kHeads > 2 ? 2 : 4;  // at once: their running sums stay in registers
-    if (kFew) pieces = kPieces;
+    constexpr int kPairs = kHeads > 2 ? 2 : 4;  // at once: their running sums stay in registers
+    if (kPieces > 0) pieces = kPieces;
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i pair[kHeads][4];
-    for (int t0 = 0; t0 < 8; t0 += kTokens) {
-        __m256i total[kHeads][kTokens];
+    auto row = [&](int t, int64_t c) LOUVER_ALWAYS_INLINE {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + t * row_bytes + 16 * c));
+    };
+    auto values = [&](int g, int half, int64_t c) LOUVER_ALWAYS_INLINE {
+        const int8_t* from = query + (2 * g + half) * half_padded + 16 * c;
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    };
+    __m256i total[kHeads][4];
+    for (int p0 = 0; p0 < 4; p0 += kPairs)
         for (int64_t first = 0; first < pieces; first += 4) {
-            __m256i sums[kHeads][kTokens];
+            __m256i sums[kHeads][kPairs];
             for (int g = 0; g < kHeads; ++g)
-                for (int t = 0; t < kTokens; ++t) sums[g][t] = _mm256_setzero_si256();
-            for (int64_t c = first; c < pieces && c < first + 4; ++c)
-                for (int t = 0; t < kTokens; ++t) {
-                    const uint8_t* from = codes + (t0 + t) * row_bytes + 32 * c;
-                    const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-                    const __m256i low = _mm256_and_si256(packed, nibble);
-                    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-                    for (int g = 0; g < kHeads; ++g) {
-                        const auto* q = reinterpret_cast<const __m256i*>(query + g * 2 * half_padded + 32 * c);
-                        const auto* r = reinterpret_cast<const __m256i*>(query + (2 * g + 1) * half_padded + 32 * c);
-                        sums[g][t] = _mm256_add_epi16(sums[g][t], _mm256_maddubs_epi16(low, _mm256_loadu_si256(q)));
-                        sums[g][t] = _mm256_add_epi16(sums[g][t], _mm256_maddubs_epi16(high, _mm256_loadu_si256(r)));
+                for (int p = 0; p < kPairs; ++p) sums[g][p] = _mm256_setzero_si256();
+            for (int64_t c = first; c < pieces && c < first + 4; ++c) {
+                __m256i low[kPairs], high[kPairs];
+                for (int p = 0; p < kPairs; ++p) {
+                    const __m256i packed = _mm256_set_m128i(row(p0 + p + 4, c), row(p0 + p, c));
+                    low[p] = _mm256_and_si256(packed, nibble);
+                    high[p] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+                }
+                for (int g = 0; g < kHeads; ++g) {
+                    const __m256i q = values(g, 0, c), r = values(g, 1, c);
+                    for (int p = 0; p < kPairs; ++p) {
+                        sums[g][p] = _mm256_add_epi16(sums[g][p], _mm256_maddubs_epi16(low[p], q));
+                        sums[g][p] = _mm256_add_epi16(sums[g][p], _mm256_maddubs_epi16(high[p], r));
                     }
                 }
+            }
             for (int g = 0; g < kHeads; ++g)
-                for (int t = 0; t < kTokens; ++t) {
-                    const __m256i wide = kFew ? sums[g][t] : _mm256_madd_epi16(sums[g][t], ones);
-                    total[g][t] = first == 0 ? wide : _mm256_add_epi32(total[g][t], wide);
+                for (int p = 0; p < kPairs; ++p) {
+                    const __m256i wide = _mm256_madd_epi16(sums[g][p], ones);
+                    total[g][p0 + p] = first == 0 ? wide : _mm256_add_epi32(total[g][p0 + p], wide);
                 }
         }
-        for (int g = 0; g < kHeads; ++g)
-            for (int t = 0; t < kTokens; t += 2) {
-                const __m256i a = total[g][t], b = total[g][t + 1];
-                pair[g][(t0 + t) / 2] = kFew ? _mm256_hadd_epi16(a, b) : _mm256_hadd_epi32(a, b);
-            }
+    for (int g = 0; g < kHeads; ++g) {
+        const __m256i* x = total[g];
+        auto pair = [](__m256i a, __m256i b) LOUVER_ALWAYS_INLINE {
+            return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        };
+        const __m256i first = pair(x[0], x[1]), second = pair(x[2], x[3]);
+        const __m256i sums = _mm256_add_epi32(_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + g * stride), sums);
     }
-    constexpr Width kWidth = kPieces == 1 ? Width::narrow_with_room : kPieces == 2 ? Width::narrow : Width::wide;
-    for (int g = 0; g < kHeads; ++g)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + g * stride), sums_of_pairs<kWidth>(pair[g]));
 }
 
 template <int kPieces>
@@ -192,8 +180,8 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
         codes = copy;
     }
     const int64_t pieces = half_padded / kCodeBytes;
-    if (pieces == 1) return dot_all_heads<1>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
     if (pieces == 2) return dot_all_heads<2>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
+    if (pieces == 4) return dot_all_heads<4>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
     dot_all_heads<0>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
 }
 

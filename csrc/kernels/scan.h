@@ -15,22 +15,22 @@ namespace louver::LOUVER_ISA {
 LOUVER_INLINE Floats radii(const uint8_t* radius, const SketchView& sketch, int64_t s, int64_t token) {
     const int64_t half = sketch.half_len(), slices = sketch.slices;
     const bool high = token >= half;
-    UInts x = {};
+    Ints x = {};
     if (slices <= 2 && token + kLanes <= (high ? sketch.frame_len : half)) {
         const uint8_t* from = radius + (high ? token - half : token) * slices;
         if (slices == 1) {
-            x = __builtin_convertvector(load<Bytes>(from), UInts);
+            x = widen(load<Bytes>(from));
         } else {
-            const UInts pair = __builtin_convertvector(load<Shorts>(from), UInts);
-            x = s == 0 ? pair & 255u : pair >> 8;  // little-endian
+            const Ints pair = widen(load<Shorts>(from));
+            x = s == 0 ? pair & 255 : pair >> 8;  // little-endian
         }
-        return to_float((Ints)(high ? x >> 4 : x & 15u));
+        return to_float(high ? x >> 4 : x & 15);
     }
     for (int64_t i = 0; i < kLanes && token + i < sketch.frame_len; ++i) {
         const int64_t t = token + i;
-        x[i] = t < half ? radius[t * slices + s] & 15u : radius[(t - half) * slices + s] >> 4;
+        x[i] = t < half ? radius[t * slices + s] & 15 : radius[(t - half) * slices + s] >> 4;
     }
-    return to_float((Ints)x);
+    return to_float(x);
 }
 
 // Radii, dots and unbounded keys of block `index`, for head_bounds.

@@ -57,6 +57,7 @@ LOUVER_INLINE Floats gather(const float* from, Ints index) {
 #endif
 }
 LOUVER_INLINE Floats splat(float x) { return Floats{} + x; }
+// Elements of fewer bits, one to a lane: of a conversion of vectors the compiler makes halves.
 LOUVER_INLINE Ints widen(SignedShorts x) {
 #if defined(__AVX512F__)
     return (Ints)_mm512_cvtepi16_epi32((__m256i)x);
@@ -64,6 +65,24 @@ LOUVER_INLINE Ints widen(SignedShorts x) {
     return (Ints)_mm256_cvtepi16_epi32((__m128i)x);
 #else
     return __builtin_convertvector(x, Ints);
+#endif
+}
+LOUVER_INLINE Ints widen(Bytes x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)x));
+#else
+    return (Ints) __builtin_convertvector(x, UInts);
+#endif
+}
+LOUVER_INLINE Ints widen(Shorts x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return (Ints) __builtin_convertvector(x, UInts);
 #endif
 }
 LOUVER_INLINE Ints as_int(Floats x) { return (Ints)x; }
@@ -105,7 +124,7 @@ LOUVER_INLINE Floats load_some(const float* p, int64_t n) {
 LOUVER_INLINE Ints some_bytes(const uint8_t* p, int64_t n) {
     Bytes x = {};
     std::memcpy(&x, p, static_cast<size_t>(n < kLanes ? n : kLanes));
-    return (Ints) __builtin_convertvector(x, UInts);
+    return widen(x);
 }
 
 // One bit per true lane.
