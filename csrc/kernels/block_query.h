@@ -27,13 +27,12 @@ inline int64_t padded_frame(int64_t frame_len) { return (frame_len + kCodeTokens
 
 // What one block's frame makes of a group's queries.
 struct BlockQuery {
-    int8_t* query = nullptr;     // [planes, group, 2 * half_padded]
-    float* bias = nullptr;       // [group], sum q (z - s/2)
-    float* half_step = nullptr;  // [group]
-    int32_t* offset = nullptr;   // [group], 15 N
-    float* slack = nullptr;      // [group], what is not the radii's, and the radii's least
-    float* reach = nullptr;      // [group, slices], inflated norm times radius unit
-    bool finite = true;          // false: some bound could leave float32's range, so every key is exact
+    int8_t* query = nullptr;  // [planes, group, 2 * half_padded]
+    float* bias = nullptr;    // [group], sum q (z - s/2) - 7.5 step N
+    float* step = nullptr;    // [group]
+    float* slack = nullptr;   // [group], what is not the radii's, and the radii's least
+    float* reach = nullptr;   // [group, slices], inflated norm times radius unit
+    bool finite = true;       // false: some bound could leave float32's range, so every key is exact
 };
 
 struct Scan {
@@ -56,7 +55,7 @@ inline int64_t scan_bytes(const SketchView& sketch, int64_t group, int planes) {
     const int64_t half_padded = padded_half(sketch.dims / 2), padded = padded_dims(sketch.dims);
     const int64_t stride = padded_frame(sketch.frame_len);
     const int64_t floats =
-        (2 + group) * padded + group * (planes * stride + 4 + 2 * sketch.slices) + (sketch.slices + 1) * stride;
+        (2 + group) * padded + group * (planes * stride + 3 + 2 * sketch.slices) + (sketch.slices + 1) * stride;
     return planes * group * 2 * half_padded + 4 * floats + 10 * 64;
 }
 
@@ -103,9 +102,9 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
     scan.energy = reinterpret_cast<float*>(take(4 * n * group.padded));
     scan.peak = reinterpret_cast<float*>(take(4 * n * sketch.slices));
     fill_energy(scan);
-    float* rest = reinterpret_cast<float*>(take(4 * n * (4 + sketch.slices)));
-    scan.block.bias = rest, scan.block.half_step = rest + n, scan.block.slack = rest + 2 * n;
-    scan.block.offset = reinterpret_cast<int32_t*>(rest + 3 * n), scan.block.reach = rest + 4 * n;
+    float* rest = reinterpret_cast<float*>(take(4 * n * (3 + sketch.slices)));
+    scan.block.bias = rest, scan.block.step = rest + n, scan.block.slack = rest + 2 * n;
+    scan.block.reach = rest + 3 * n;
     return scan;
 }
 
@@ -200,11 +199,9 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, int64_
             copy_bytes(query + scan.half_padded, rounded[plane][h] + scan.half, scan.half);
         }
         const float reach = scan.group.norm[g + h] * block_norm;
-        scan.block.bias[g + h] = bias_sum[h];
-        scan.block.half_step[g + h] = 0.5f * step[h];
-        // Of a query that is not finite there is no count; its step is not finite either, so no bound of it excludes a
-        // key.
-        scan.block.offset[g + h] = std::abs(count_sum[h]) < 1e8f ? 15 * static_cast<int32_t>(count_sum[h]) : 0;
+        scan.block.step[g + h] = step[h];
+        scan.block.bias[g + h] = static_cast<float>(
+            static_cast<double>(bias_sum[h]) - 7.5 * static_cast<double>(step[h]) * static_cast<double>(count_sum[h]));
         const float slack =
             7.5f * missed_sum[h] * (1 + kSafety * gamma(chain + 16)) + kSafety * gamma(chain + 52) * reach + kAbsolute;
         scan.block.slack[g + h] = slack + least[h];

@@ -98,9 +98,9 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
 
 #elif defined(__AVX2__)
 
-// Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a half
-// each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and a
-// query is at most 15 * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces.
+// Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a
+// half each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and
+// a query is at most 15 * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces.
 template <int kHeads, int kPieces>
 LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
                              int64_t half_padded, int32_t* dots, int64_t stride) {
@@ -147,7 +147,8 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pi
             return _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
         };
         const __m256i first = pair(x[0], x[1]), second = pair(x[2], x[3]);
-        const __m256i sums = _mm256_add_epi32(_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second));
+        const __m256i sums =
+            _mm256_add_epi32(_mm256_unpacklo_epi64(first, second), _mm256_unpackhi_epi64(first, second));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(dots + g * stride), sums);
     }
 }

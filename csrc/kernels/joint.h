@@ -24,9 +24,9 @@ inline void fill_ends(Unit& unit, float* weight, float* ceiling) {
         for (int64_t g = 0; g < group; ++g) sketched &= load<Floats>(unit.upper + g * unit.stride + i) < unit.cut[g];
         for (int64_t g = 0; g < group; ++g) {
             const int64_t at = g * unit.stride + i;
-            Ints beyond = {};
+            Floats widest = {};
             const Weighed each = Weigher(unit, g).weigh<true>(load<Floats>(unit.upper + at),
-                                                              load<Floats>(unit.estimate + at), sketched, beyond);
+                                                              load<Floats>(unit.estimate + at), sketched, widest);
             store_some(ceiling + at, select(sketched, each.weight * each.growth + kLeastWeight, splat(0)), end - i);
             store_some(weight + at, each.weight, end - i);
         }

@@ -16,7 +16,7 @@ inline float guess_live(const Unit& unit, int64_t g, double share, double exact_
     const int64_t vectors = (unit.closed + kLanes - 1) / kLanes, most = (vectors + kSample - 1) / kSample;
     const int64_t step = most > 8 ? most : 8;
     const Weigher weigher(unit, g);
-    Ints beyond = {};
+    Floats widest = {};
     float low = kInfinity, high = -kInfinity;
     int taken = 0;
     for (int64_t i = 0; i < vectors; i += step, ++taken) {
@@ -25,7 +25,7 @@ inline float guess_live(const Unit& unit, int64_t g, double share, double exact_
             sketched &= load<Floats>(unit.upper + h * unit.stride + i * kLanes) < unit.cut[h];
         const Floats upper = load<Floats>(unit.upper + g * unit.stride + i * kLanes);
         const Weighed each =
-            weigher.weigh<true>(upper, load<Floats>(unit.estimate + g * unit.stride + i * kLanes), sketched, beyond);
+            weigher.weigh<true>(upper, load<Floats>(unit.estimate + g * unit.stride + i * kLanes), sketched, widest);
         uppers[taken] = select(sketched, upper, splat(kInfinity));
         ceilings[taken] = each.weight * each.growth;
         floors += each.weight * reciprocal_near(each.growth);

@@ -1,7 +1,7 @@
 // Bounds of every key of a block for every head of a group, from codes and radii alone.
 //
 // A key is sketched as z + (c - 8) s per channel, so with p = q s and p = step i + e, i whole,
-//     q . k_sketched = sum q (z - s/2)  +  step (I - 7.5 N)  +  sum e (c - 7.5),     I = sum i c,  N = sum i,
+//     q . k_sketched = [sum q (z - s/2) - 7.5 step N]  +  step I  +  sum e (c - 7.5),     I = sum i c,  N = sum i,
 // and the last sum is at most 7.5 sum |e| in absolute value: rounding the query to 8 bits is part of the half-width. I
 // and N are exact. Proof with every float32 rounding: docs/guarantee.md, section "CPU backend".
 #pragma once
@@ -59,13 +59,19 @@ inline void scan_block(Scan& scan, int64_t index) {
     }
 }
 
+// At least any half-width of the scanned block, for head g.
+inline float widest_bound(const Scan& scan, int64_t g) {
+    float out = scan.block.slack[g];
+    for (int64_t s = 0; s < scan.sketch->slices; ++s) out += kNoBound * scan.block.reach[g * scan.sketch->slices + s];
+    return out;
+}
+
 // Call body(token, estimate, half_width) for kLanes tokens at a time of the scanned block, for head g. Lanes of
 // unbounded keys mean nothing. kSlices: the sketch's, or 0 for any.
 template <int kSlices, class Body>
 LOUVER_INLINE void head_bounds_of(const Scan& scan, int64_t g, Body body) {
     const int64_t slices = kSlices == 0 ? scan.sketch->slices : kSlices, stride = scan.stride;
-    const float bias = scan.block.bias[g], half_step = scan.block.half_step[g], slack = scan.block.slack[g];
-    const int32_t offset = scan.block.offset[g];
+    const float bias = scan.block.bias[g], step = scan.block.step[g], slack = scan.block.slack[g];
     const float* reach = scan.block.reach + g * slices;
     const int32_t *high = scan.dots + g * stride, *low = scan.dots + (scan.group.size + g) * stride;
     for (int64_t token = 0; token < scan.sketch->frame_len; token += kLanes) {
@@ -73,7 +79,7 @@ LOUVER_INLINE void head_bounds_of(const Scan& scan, int64_t g, Body body) {
         if (scan.planes == 2) dot = 256 * dot + load<Ints>(low + token);
         Floats width = splat(slack);
         for (int64_t s = 0; s < slices; ++s) width += reach[s] * load<Floats>(scan.radii + s * stride + token);
-        body(token, bias + half_step * to_float(2 * dot - offset), width);
+        body(token, bias + step * to_float(dot), width);
     }
 }
 

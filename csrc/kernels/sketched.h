@@ -48,7 +48,6 @@ inline void find_live(const Unit& unit, int64_t b, FoundBlock& found) {
         store_packed(found.row + count, lane_rows + static_cast<int32_t>(token * half), mask);
         count += __builtin_popcount(mask);
     }
-    for (int64_t i = 0; i < count; ++i) prefetch_row(reinterpret_cast<const char*>(found.codes + found.row[i]), half);
     for (int64_t i = count; i % 4 != 0; ++i) found.row[i] = 0;  // weighed with zero
     found.count = count, found.none = bits(any) == 0;
 }
@@ -59,18 +58,20 @@ struct Weighed {
     Floats weight, growth;  // 0 and 1 for keys that are not sketched
 };
 struct Weigher {
-    float top, scale, slack;
+    float to_powers, of_top, quarter_scale, slack;
     Weigher(const Unit& unit, int64_t g)
-        : top(unit.top[g]), scale(unit.problem->softmax_scale), slack(0.25f * unit.logit_slack[g]) {}
-    // kWide: any growth; else beyond says which lanes have one above e^4, and theirs means nothing.
+        : to_powers(unit.problem->softmax_scale * 1.44269504088896341f),
+          of_top(unit.top[g] * to_powers),
+          quarter_scale(0.25f * unit.problem->softmax_scale),
+          slack(0.25f * unit.logit_slack[g]) {}
+    // kWide: any growth; else that of lanes with more than 1 in widest, above e^4, means nothing.
     template <bool kWide>
-    LOUVER_INLINE Weighed weigh(Floats upper, Floats estimate, Ints sketched, Ints& beyond) const {
-        const Floats power = (estimate - top) * (scale * 1.44269504088896341f);
-        const Floats x = as_float(as_int((upper - estimate) * (0.25f * scale) + slack) & sketched);
-        const Ints wide = x > 1.0f;
-        beyond |= wide;
+    LOUVER_INLINE Weighed weigh(Floats upper, Floats estimate, Ints sketched, Floats& widest) const {
+        const Floats power = estimate * to_powers - of_top;
+        const Floats x = as_float(as_int((upper - estimate) * quarter_scale + slack) & sketched);
+        widest = max(widest, x);
         Floats growth = growth_above(x);
-        if (kWide) growth = select(wide, exp(4 * x), growth);
+        if (kWide) growth = select(x > 1.0f, exp(4 * x), growth);
         return Weighed{as_float(as_int(exp2_of_weight(power)) & sketched), growth};
     }
 };
@@ -85,21 +86,20 @@ struct BlockSums {
 template <bool kWide>
 LOUVER_INLINE bool weigh_keys(const Weigher& weigher, const float* uppers, const float* estimates,
                               const FoundBlock& found, int64_t frame_len, float* weight, BlockSums& sums) {
-    Floats surplus = {}, floors = {}, unread = {}, unread_ceilings = {};
-    Ints beyond = {};
+    Floats surplus = {}, floors = {}, unread = {}, unread_ceilings = {}, widest = {};
     for (int64_t token = 0, v = 0; token < frame_len; token += kLanes, ++v) {
         const Weighed each = weigher.weigh<kWide>(load<Floats>(uppers + token), load<Floats>(estimates + token),
-                                                  found.sketched[v], beyond);
-        const Floats ceiling = each.weight * each.growth;
-        surplus += ceiling - each.weight;
+                                                  found.sketched[v], widest);
+        surplus += each.weight * (each.growth - 1.0f);
         floors += each.weight * reciprocal_near(each.growth);
-        unread += as_float(as_int(each.weight) & found.unread[v]);
-        unread_ceilings += as_float(as_int(ceiling) & found.unread[v]);
+        const Floats left = as_float(as_int(each.weight) & found.unread[v]);
+        unread += left;
+        unread_ceilings += left * each.growth;
         store_packed(weight, each.weight, found.live[v]);
         weight += __builtin_popcount(found.live[v]);
     }
     sums = BlockSums{surplus, floors, unread, unread_ceilings};
-    return kWide || bits(beyond) == 0;
+    return kWide || bits(widest > 1.0f) == 0;
 }
 
 // The same of block b for head g, added to the thread's sums: what the weights can be off by, floors, and what is
@@ -178,8 +178,15 @@ inline void round_weights(Unit& unit, int64_t b, int64_t g, int64_t count, float
     sums.size += used * static_cast<double>(extent);
 }
 
-// Block b's sketched keys: those of live keys with values from their codes, the rest as the mean value.
-inline void add_block(Unit& unit, int64_t b, const FoundBlock& found, CoarseScratch& scratch) {
+// Touch part `g` of `parts` of a block's live rows: all at once they would wait for each other.
+inline void touch_live(const FoundBlock& found, int64_t half, int64_t g, int64_t parts) {
+    for (int64_t i = found.count * g / parts; i < found.count * (g + 1) / parts; ++i)
+        prefetch_row(reinterpret_cast<const char*>(found.codes + found.row[i]), half);
+}
+
+// Block b's sketched keys: those of live keys with values from their codes, the rest as the mean value. The next
+// block's live rows are touched meanwhile.
+inline void add_block(Unit& unit, int64_t b, const FoundBlock& found, const FoundBlock& next, CoarseScratch& scratch) {
     const SketchView& sketch = *unit.sketch;
     const int64_t group = unit.group.size, dims = sketch.dims, half = dims / 2, count = found.count;
     float extent = 0;
@@ -190,6 +197,7 @@ inline void add_block(Unit& unit, int64_t b, const FoundBlock& found, CoarseScra
     }
     for (int64_t g = 0; g < group; ++g) {
         float* weight = scratch.weight + g * scratch.stride;
+        touch_live(next, half, g, group);
         weigh_block(unit, b, g, found, weight);
         round_weights(unit, b, g, count, extent, weight, scratch.rounded + g * scratch.stride);
     }
@@ -210,10 +218,15 @@ inline void add_block(Unit& unit, int64_t b, const FoundBlock& found, CoarseScra
 // All of this thread's sketched keys, above unit.live_above with their values.
 inline void add_sketched(Unit& unit, CoarseScratch& scratch) {
     FoundBlock *now = &scratch.found[0], *next = &scratch.found[1];
+    next->count = 0;
     if (unit.blocks.begin < unit.blocks.end) find_live(unit, unit.blocks.begin, *now);
     for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) {
-        if (b + 1 < unit.blocks.end) find_live(unit, b + 1, *next);
-        add_block(unit, b, *now, scratch);
+        if (b + 1 < unit.blocks.end) {
+            find_live(unit, b + 1, *next);
+        } else {
+            next->count = 0;
+        }
+        add_block(unit, b, *now, *next, scratch);
         std::swap(now, next);
     }
 }

@@ -26,7 +26,7 @@ struct Sums {
 struct Extremes {
     float lower;   // the largest lower bound of any key
     float top;     // the largest finite upper bound; where nothing is dropped, the largest estimate
-    float extent;  // the largest |estimate| + half-width
+    float extent;  // at least the largest |estimate| + half-width
     float peak;    // the largest exact score
 };
 
@@ -169,27 +169,27 @@ inline void scan_unit(Unit& unit) {
         }
         for (int64_t g = 0; g < unit.group.size; ++g) {
             Floats* lanes = unit.lanes + 3 * g;
-            Floats best_lower = lanes[0], top = lanes[1], widest = lanes[2];
+            Floats best_lower = lanes[0], top = splat(-kInfinity), low = splat(kInfinity);
             float* uppers = unit.upper + g * unit.stride + base;
             float* estimates = unit.estimate + g * unit.stride + base;
             head_bounds(unit.scan, g, [&](int64_t token, Floats estimate, Floats width) LOUVER_ALWAYS_INLINE {
-                Floats upper = estimate + width, lower = splat(-kInfinity), extent = splat(0);
+                Floats upper = estimate + width, lower = splat(-kInfinity), least = estimate;
                 Floats finite = kSpillEstimates ? estimate : upper;
                 if (floors) lower = estimate - width;
-                if (kSpillEstimates) extent = abs(estimate) + width;
                 if (any) {
                     const Ints decided = lanes_of(unit.scan.unbounded[token / kLanes]);
                     upper = select(decided, splat(kInfinity), upper),
                     finite = select(decided, splat(-kInfinity), finite);
-                    lower = select(decided, splat(-kInfinity), lower), extent = select(decided, splat(0), extent);
+                    lower = select(decided, splat(-kInfinity), lower), least = select(decided, splat(kInfinity), least);
                 }
                 if (floors) best_lower = max(best_lower, lower);
-                if (kSpillEstimates) widest = max(widest, extent);
+                if (kSpillEstimates) low = min(low, least);
                 top = max(top, finite);
                 store_some(uppers + token, upper, sketch.frame_len - token);
                 if (kSpillEstimates) store_some(estimates + token, estimate, sketch.frame_len - token);
             });
-            lanes[0] = best_lower, lanes[1] = top, lanes[2] = widest;
+            lanes[0] = best_lower, lanes[1] = max(lanes[1], top);
+            if (kSpillEstimates) lanes[2] = max(lanes[2], max(top, -low) + widest_bound(unit.scan, g));
         }
     }
     for (int64_t g = 0; g < unit.group.size; ++g) {
