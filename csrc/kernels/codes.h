@@ -98,6 +98,9 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
 
 #elif defined(__AVX2__)
 
+// Keeps the compiler from adding products to each other first: all of them at once do not fit the registers.
+LOUVER_INLINE void in_order(__m256i& sum) { asm("" : "+x"(sum)); }
+
 // Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a
 // half each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and
 // a query is at most 15 * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces.
@@ -121,17 +124,18 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pi
             for (int g = 0; g < kHeads; ++g)
                 for (int p = 0; p < kPairs; ++p) sums[g][p] = _mm256_setzero_si256();
             for (int64_t c = first; c < pieces && c < first + 4; ++c) {
-                __m256i low[kPairs], high[kPairs];
-                for (int p = 0; p < kPairs; ++p) {
-                    const __m256i packed = _mm256_set_m128i(row(p0 + p + 4, c), row(p0 + p, c));
-                    low[p] = _mm256_and_si256(packed, nibble);
-                    high[p] = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
-                }
-                for (int g = 0; g < kHeads; ++g) {
-                    const __m256i q = values(g, 0, c), r = values(g, 1, c);
-                    for (int p = 0; p < kPairs; ++p) {
-                        sums[g][p] = _mm256_add_epi16(sums[g][p], _mm256_maddubs_epi16(low[p], q));
-                        sums[g][p] = _mm256_add_epi16(sums[g][p], _mm256_maddubs_epi16(high[p], r));
+                __m256i packed[kPairs];
+                for (int p = 0; p < kPairs; ++p) packed[p] = _mm256_set_m128i(row(p0 + p + 4, c), row(p0 + p, c));
+                for (int half = 0; half < 2; ++half) {
+                    __m256i nibbles[kPairs];
+                    for (int p = 0; p < kPairs; ++p)
+                        nibbles[p] = _mm256_and_si256(half == 0 ? packed[p] : _mm256_srli_epi16(packed[p], 4), nibble);
+                    for (int g = 0; g < kHeads; ++g) {
+                        const __m256i q = values(g, half, c);
+                        for (int p = 0; p < kPairs; ++p) {
+                            sums[g][p] = _mm256_add_epi16(sums[g][p], _mm256_maddubs_epi16(nibbles[p], q));
+                            in_order(sums[g][p]);
+                        }
                     }
                 }
             }
