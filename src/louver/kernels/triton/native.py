@@ -132,7 +132,7 @@ def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
     slack = quantized_query_slack(sketch.dims)
     runtime.launch(
         _kernel(
-            "scan.cu", "scan", plan, FRAME=METRICS[sketch.config.metric], Q=QUERIES[x.dtype], WARPS=warps, AHEAD=ahead,
+            "scan.cu", "scan", plan, "scan.cuh", FRAME=METRICS[sketch.config.metric], Q=QUERIES[x.dtype], WARPS=warps, AHEAD=ahead,
         ),
         (plan.rows, splits),
         warps * 32,
