@@ -295,6 +295,28 @@ def check_radii(keys, values, start, sketch) -> None:
         assert (torch.where(known, away, 0.0).amax(-1) <= sketch.value_spread[part].double()).all()
 
 
+def check_encoder(head_dim: int, frame_len: int, device: str) -> float:
+    """The share of frames' channels that are not the reference's: few, at any length of a block."""
+    from louver.kernels.reference.encode import encode_block as plain
+    from louver.kernels.triton import encode_block
+    from louver.sketch.layout import SketchConfig, empty_sketch
+
+    g, length = torch.Generator().manual_seed(head_dim), 2 * frame_len + 3
+    spans = 4 * torch.rand(head_dim, generator=g)
+    keys = torch.randn(1, 2, length, head_dim, generator=g) * spans + 3 * torch.randn(1, 2, 1, head_dim, generator=g)
+    keys = keys.to(device)
+    start, stop = (torch.full((1,), x, dtype=torch.int32, device=device) for x in (0, length))
+    sketches = []
+    for encode in (encode_block, plain):
+        sketch = empty_sketch(SketchConfig(frame_len=frame_len), 1, 2, head_dim, torch.device(device), 2)
+        encode(keys, keys, sketch, start, stop, None)
+        sketches.append(sketch)
+    check_radii(keys, keys, start, sketches[0])
+    differ = (sketches[0].key_frame != sketches[1].key_frame).double().mean()
+    assert differ <= 0.02, f"{differ:.1%} of the channels have another frame than the reference gives them"
+    return float(differ)
+
+
 def poison(sketch) -> None:
     """Fill what the encoder must write with what would be noticed."""
     for name, x in sketch.tensors():

@@ -14,6 +14,8 @@ checks = importlib.import_module("checks")  # which imports triton: only now
 looks_checks = importlib.import_module("looks_checks")
 
 if __name__ == "__main__":
+    for head_dim, frame_len in ((64, 64), (96, 33)):
+        print(head_dim, frame_len, checks.check_encoder(head_dim, frame_len, "cpu"), flush=True)
     for case in checks.SMALL:
         print(case.policy, checks.check(case, "cpu"), flush=True)
     for case in checks.ERRORS[:2]:

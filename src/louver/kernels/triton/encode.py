@@ -63,7 +63,7 @@ def _grades(x, middle, scale):
 
 
 @triton.jit
-def _fit(x, valid, span, widest, scales, CLIP: tl.constexpr):
+def _fit(x, valid, present, span, widest, scales, CLIP: tl.constexpr):
     """Frame, scale, codes 0..15 and widened residuals of x [tokens, channels]."""
     middle, full, finest = span
     x = tl.where(valid[:, None], x, middle[None, :])
@@ -76,7 +76,7 @@ def _fit(x, valid, span, widest, scales, CLIP: tl.constexpr):
         center, grade = _grades(x, middle, scale)
         off = (grade + center[None, :] / 2) * scale[None, :] - x
         off = off * off
-        error = tl.sum(off * off, 0)  # large errors cost more than their squares (sketch/encode.py)
+        error = tl.sum(tl.where(present[:, None], off * off, 0.0), 0)  # of fourth powers: sketch/encode.py
         better = error < best_error
         best_error = tl.where(better, error, best_error)
         best = tl.where(better, candidate, best)
@@ -165,10 +165,10 @@ def _encode_kernel(
                 span_high = _span(v_high, valid)
                 widest = _widest(span_low[1], span_low[2], span_high[1], span_high[2])
                 tl.store(value_scale + block, widest.to(tl.int32).to(tl.uint8))
-                frame, scale, grade_low, off = _fit(v_low, valid, span_low, widest, scales, CLIP)
+                frame, scale, grade_low, off = _fit(v_low, valid, present, span_low, widest, scales, CLIP)
                 tl.store(value_frame + block * D + half, frame, mask=in_half)
                 missed = tl.sum(tl.where(in_half[None, :], off * off, 0.0), 1)
-                frame, scale, grade_high, off = _fit(v_high, valid, span_high, widest, scales, CLIP)
+                frame, scale, grade_high, off = _fit(v_high, valid, present, span_high, widest, scales, CLIP)
                 tl.store(value_frame + block * D + upper, frame, mask=in_half)
                 missed += tl.sum(tl.where(in_half[None, :], off * off, 0.0), 1)
                 packed = (grade_low | (grade_high << 4)).to(tl.uint8)
@@ -181,12 +181,12 @@ def _encode_kernel(
         span_high = _span(k_high, valid)
         widest = _widest(span_low[1], span_low[2], span_high[1], span_high[2])
         tl.store(key_scale + block, widest.to(tl.int32).to(tl.uint8))
-        frame, scale, grade_low, off_low = _fit(k_low, valid, span_low, widest, scales, CLIP)
+        frame, scale, grade_low, off_low = _fit(k_low, valid, present, span_low, widest, scales, CLIP)
         tl.store(key_frame + block * D + half, frame, mask=in_half)
         w = tl.load(weight + pid * D + half, mask=in_half, other=1.0)
         u = tl.where(in_half, w * scale if FRAME == 1 else (w if FRAME == 0 else 1.0), 1.0)
         square_low = tl.where(in_half[None, :], off_low * off_low / u[None, :], 0.0)
-        frame, scale, grade_high, off_high = _fit(k_high, valid, span_high, widest, scales, CLIP)
+        frame, scale, grade_high, off_high = _fit(k_high, valid, present, span_high, widest, scales, CLIP)
         tl.store(key_frame + block * D + upper, frame, mask=in_half)
         w = tl.load(weight + pid * D + upper, mask=in_half, other=1.0)
         u = tl.where(in_half, w * scale if FRAME == 1 else (w if FRAME == 0 else 1.0), 1.0)
