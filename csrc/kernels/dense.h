@@ -6,7 +6,7 @@
 
 namespace louver::LOUVER_ISA {
 
-constexpr int64_t kDenseTile = 64;  // keys scored before their values are read
+constexpr int64_t kDenseTile = kLanes == 16 ? 32 : 64;  // keys scored before their values are read
 
 // The state of a streaming softmax for a group: sums are in units of e^peak.
 struct Stream {
@@ -54,10 +54,69 @@ inline void fold_logits(Stream& stream, int64_t group, int64_t padded, float* lo
     }
 }
 
+// The addresses of a tile's keys and values; past its end those of its last token.
+struct TileRows {
+    const char *keys[kDenseTile], *values[kDenseTile];
+    static void name(const Rows& from, int64_t begin, int64_t n, const char** to) {
+        const char* first = from.at(begin);
+        const int64_t stride = from.view->stride_token * from.view->item_bytes;
+        const bool paged = from.view->block_table != nullptr;
+        for (int64_t i = 0; i < n; ++i) to[i] = paged ? from.at(begin + i) : first + i * stride;
+        for (int64_t i = n; i < kDenseTile; ++i) to[i] = to[n - 1];
+    }
+};
+
+// Rows asked for, into the second-level cache, as others are read.
+struct NextRows {
+    const char* const* rows;
+    LOUVER_INLINE void touch(int64_t i, int64_t first, int64_t bytes) const {
+        for (int64_t b = first; b < first + bytes; b += 64) __builtin_prefetch(rows[i] + b, 0, 2);
+    }
+};
+
+// stream_tokens of rows that are read where they are. While a tile's keys are scored its values are asked for, and
+// while those are added the next tile's keys; line by line, as a burst of them would wait for what can be on its way at
+// once.
+template <class Type>
+inline void stream_rows(Stream& stream, const Group& group, const Rows& keys, const Rows& values, int64_t begin,
+                        int64_t end, float softmax_scale, float* scores) {
+    TileRows tiles[2];
+    auto length = [&](int64_t i) { return end - i < kDenseTile ? end - i : kDenseTile; };
+    auto name = [&](int64_t i, TileRows& tile) {
+        TileRows::name(keys, i, length(i), tile.keys);
+        TileRows::name(values, i, length(i), tile.values);
+    };
+    if (begin < end) name(begin, tiles[0]);
+    int now = 0;
+    for (int64_t i = begin; i < end; i += kDenseTile, now = 1 - now) {
+        const int64_t n = length(i);
+        const TileRows& tile = tiles[now];
+        const TileRows& next = tiles[i + n < end ? 1 - now : now];
+        if (i + n < end) name(i + n, tiles[1 - now]);
+        for (int64_t j = 0; j < n; j += 4) {
+            const NextRows ahead{tile.values + j};
+            score_group<Type, false>(tile.keys + j, group, scores + j, kDenseTile, nullptr,
+                                     [&](int64_t b) LOUVER_ALWAYS_INLINE {
+                                         for (int64_t k = 0; k < 4; ++k) ahead.touch(k, b, 64);
+                                     });
+        }
+        fold_logits(stream, group.size, group.padded, scores, kDenseTile, n, softmax_scale);
+        for (int64_t j = 0; j < n; j += kValueTile)
+            add_rows<Type>(tile.values + j, n - j < kValueTile ? n - j : kValueTile, scores + j, kDenseTile, group.size,
+                           stream.out, group.padded, NextRows{next.keys + j});
+    }
+}
+
 // Add tokens begin .. end of one (row, KV head) to a stream. memory: see dense_floats.
 inline void stream_tokens(Stream& stream, const Group& group, const Rows& keys, const Rows& values, int64_t begin,
                           int64_t end, float softmax_scale, float* memory) {
     float* scores = memory;
+    if (kLanes == 16 && keys.direct() && values.direct() && keys.view->dtype == values.view->dtype) {
+        with_dtype(keys.view->dtype, [&](auto type) {
+            stream_rows<decltype(type)>(stream, group, keys, values, begin, end, softmax_scale, scores);
+        });
+        return;
+    }
     float* buffer = scores + group.size * kDenseTile;
     int32_t tokens[2 * kDenseTile];
     for (int64_t i = begin; i < end; i += kDenseTile) {

@@ -27,36 +27,101 @@ inline float score_error(int64_t padded) {
     return kSafety * gamma(static_cast<float>(padded / kLanes + 10)) * (1 + 3e-5f);
 }
 
-// Scores of four rows for up to four heads, and where asked for their norms; scores[g * stride + i].
-template <class Type, int kHeads, bool kNorms>
+// Channels d .. of a row as vectors. Of bfloat16 pairs of channels come apart where a register holds both, at half the
+// instructions of widening: the even ones of two vectors, then the odd ones; in_order puts sums back.
+template <class Type, int kVectors>
+LOUVER_INLINE void load_apart(const char* row, int64_t d, Floats* v) {
+#if defined(__AVX512F__)
+    if constexpr (Type::is_bfloat16 && kVectors % 2 == 0) {
+        for (int j = 0; j < kVectors; j += 2) {
+            const __m512i pairs = _mm512_loadu_si512(row + (d + j * kLanes) * 2);
+            v[j] = (Floats)_mm512_slli_epi32(pairs, 16);
+            v[j + 1] = (Floats)_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+        }
+        return;
+    }
+#endif
+    for (int j = 0; j < kVectors; ++j) v[j] = Type::load_lanes(row + (d + j * kLanes) * Type::bytes);
+}
+template <class Type, int kVectors>
+LOUVER_INLINE void in_order(Floats* v) {
+#if defined(__AVX512F__)
+    if constexpr (Type::is_bfloat16 && kVectors % 2 == 0) {
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        for (int j = 0; j < kVectors; j += 2) {
+            const __m512 even = (__m512)v[j], odd = (__m512)v[j + 1];
+            v[j] = (Floats)_mm512_permutex2var_ps(even, low, odd);
+            v[j + 1] = (Floats)_mm512_permutex2var_ps(even, high, odd);
+        }
+    }
+#endif
+    (void)v;
+}
+
+// The sums of dot[h][i], to scores[h * stride + i].
+template <int kHeads>
+LOUVER_INLINE void store_sums(const Floats (*dot)[4], float* scores, int64_t stride) {
+#if defined(__AVX512F__)
+    if constexpr (kHeads >= 3) {
+        Floats all[16] = {};
+        for (int h = 0; h < kHeads; ++h)
+            for (int i = 0; i < 4; ++i) all[4 * h + i] = dot[h][i];
+        const __m512 sums = (__m512)sum16(all);
+        _mm_storeu_ps(scores, _mm512_castps512_ps128(sums));
+        _mm_storeu_ps(scores + stride, _mm512_extractf32x4_ps(sums, 1));
+        _mm_storeu_ps(scores + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
+        if (kHeads == 4) _mm_storeu_ps(scores + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
+        return;
+    }
+#endif
+    for (int h = 0; h < kHeads; ++h) sum4(dot[h], scores + h * stride);
+}
+
+// Scores of four rows for up to four heads, and where asked for their norms; scores[g * stride + i]. touch(b) is called
+// as the rows' bytes from b on are read.
+template <class Type, int kHeads, bool kNorms, class Touch>
 LOUVER_INLINE void score_four(const char* const* rows, const Group& group, int64_t g, float* scores, int64_t stride,
-                              float* norms) {
+                              float* norms, Touch touch) {
     const int64_t padded = group.padded;
     Floats dot[kHeads][4] = {}, squares[4] = {};
-#if defined(__AVX512BF16__)
-    if constexpr (Type::is_bfloat16) {
-        if (group.bfloat16 !=
-            nullptr) {  // products of two bfloat16 numbers are exact in float32, two channels at a time
-            auto pairs = [](const void* p) { return (__m512bh)_mm512_loadu_si512(p); };
-            for (int64_t d = 0; d < padded; d += 2 * kLanes) {
-                __m512bh k[4];
-                for (int i = 0; i < 4; ++i) k[i] = pairs(rows[i] + d * 2);
-                for (int i = 0; i < 4 && kNorms; ++i)
-                    squares[i] = (Floats)_mm512_dpbf16_ps((__m512)squares[i], k[i], k[i]);
-                for (int h = 0; h < kHeads; ++h) {
-                    const __m512bh q = pairs(group.bfloat16 + (g + h) * padded + d);
-                    for (int i = 0; i < 4; ++i) dot[h][i] = (Floats)_mm512_dpbf16_ps((__m512)dot[h][i], k[i], q);
+    bool done = false;
+    if constexpr (kReadsApart && Type::is_bfloat16) {
+        done = group.apart != nullptr;
+        for (int64_t d = 0; done && d < padded; d += 2 * kLanes) {
+            touch(2 * d);
+            Floats k[4][2];
+            for (int i = 0; i < 4; ++i) load_apart<Type, 2>(rows[i], d, k[i]);
+            for (int i = 0; i < 4 && kNorms; ++i) squares[i] += k[i][0] * k[i][0], squares[i] += k[i][1] * k[i][1];
+            for (int h = 0; h < kHeads; ++h)
+                for (int j = 0; j < 2; ++j) {
+                    const Floats q = load<Floats>(group.apart + (g + h) * padded + d + j * kLanes);
+                    for (int i = 0; i < 4; ++i) dot[h][i] += k[i][j] * q;
                 }
+        }
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (Type::is_bfloat16) {  // products of two bfloat16 numbers are exact in float32, two channels at a time
+        done = group.bfloat16 != nullptr;
+        auto pairs = [](const void* p) { return (__m512bh)_mm512_loadu_si512(p); };
+        for (int64_t d = 0; done && d < padded; d += 2 * kLanes) {
+            touch(2 * d);
+            __m512bh k[4];
+            for (int i = 0; i < 4; ++i) k[i] = pairs(rows[i] + d * 2);
+            for (int i = 0; i < 4 && kNorms; ++i) squares[i] = (Floats)_mm512_dpbf16_ps((__m512)squares[i], k[i], k[i]);
+            for (int h = 0; h < kHeads; ++h) {
+                const __m512bh q = pairs(group.bfloat16 + (g + h) * padded + d);
+                for (int i = 0; i < 4; ++i) dot[h][i] = (Floats)_mm512_dpbf16_ps((__m512)dot[h][i], k[i], q);
             }
         }
     }
-    if (!Type::is_bfloat16 || group.bfloat16 == nullptr)
 #endif
-    {
+    if (!done) {
         constexpr int kAtOnce = kRegisters == 32 || kHeads + kNorms < 3 ? 4 : 2;  // rows whose sums stay in registers
         for (int first = 0; first < 4; first += kAtOnce) {
             Floats part[kHeads][kAtOnce] = {}, norm[kAtOnce] = {};
             for (int64_t d = 0; d < padded; d += kLanes) {
+                if (first == 0) touch(d * Type::bytes);
                 Floats k[kAtOnce];
                 for (int i = 0; i < kAtOnce; ++i) k[i] = Type::load_lanes(rows[first + i] + d * Type::bytes);
                 for (int i = 0; i < kAtOnce && kNorms; ++i) norm[i] += k[i] * k[i];
@@ -71,33 +136,36 @@ LOUVER_INLINE void score_four(const char* const* rows, const Group& group, int64
             }
         }
     }
-    for (int h = 0; h < kHeads; ++h) sum4(dot[h], scores + h * stride);
+    store_sums<kHeads>(dot, scores, stride);
     if (!kNorms) return;
     alignas(16) float sums[4];
     sum4(squares, sums);
     for (int i = 0; i < 4; ++i) norms[i] = std::sqrt(sums[i]) * kNormInflation + kTinyNorm;
 }
 
-template <class Type, bool kNorms>
-LOUVER_INLINE void score_group(const char* const* rows, const Group& group, float* scores, int64_t stride,
-                               float* norms) {
+struct NoTouch {
+    void operator()(int64_t) const {}
+};
+
+template <class Type, bool kNorms, class Touch = NoTouch>
+LOUVER_INLINE void score_group(const char* const* rows, const Group& group, float* scores, int64_t stride, float* norms,
+                               Touch touch = {}) {
     int64_t g = 0;
     for (; g + 4 <= group.size; g += 4) {
-        if (kNorms && g == 0) score_four<Type, 4, true>(rows, group, g, scores, stride, norms);
-        if (!kNorms || g != 0) score_four<Type, 4, false>(rows, group, g, scores + g * stride, stride, nullptr);
+        float* to = scores + g * stride;
+        if (g != 0) score_four<Type, 4, false>(rows, group, g, to, stride, nullptr, NoTouch{});
+        if (g == 0) score_four<Type, 4, kNorms>(rows, group, g, to, stride, norms, touch);
     }
-    const bool first = kNorms && g == 0;
     float* to = scores + g * stride;
+    auto rest = [&](auto heads) LOUVER_ALWAYS_INLINE {
+        constexpr int kHeads = decltype(heads)::value;
+        if (g != 0) score_four<Type, kHeads, false>(rows, group, g, to, stride, nullptr, NoTouch{});
+        if (g == 0) score_four<Type, kHeads, kNorms>(rows, group, g, to, stride, norms, touch);
+    };
     switch (group.size - g) {
-        case 1:
-            if (first) return score_four<Type, 1, true>(rows, group, g, to, stride, norms);
-            return score_four<Type, 1, false>(rows, group, g, to, stride, nullptr);
-        case 2:
-            if (first) return score_four<Type, 2, true>(rows, group, g, to, stride, norms);
-            return score_four<Type, 2, false>(rows, group, g, to, stride, nullptr);
-        case 3:
-            if (first) return score_four<Type, 3, true>(rows, group, g, to, stride, norms);
-            return score_four<Type, 3, false>(rows, group, g, to, stride, nullptr);
+        case 1: return rest(std::integral_constant<int, 1>{});
+        case 2: return rest(std::integral_constant<int, 2>{});
+        case 3: return rest(std::integral_constant<int, 3>{});
     }
 }
 
@@ -109,6 +177,9 @@ struct Ahead {
     int64_t count = 0;
     void touch(int64_t i) const {
         if (i < count) rows->prefetch(tokens[i]);
+    }
+    void touch(int64_t i, int64_t first, int64_t) const {
+        if (first == 0) touch(i);
     }
 };
 
@@ -150,47 +221,46 @@ inline void score_tokens(const Rows& keys, const Group& group, const int32_t* to
     });
 }
 
-template <class Type, int kHeads, int kVectors, bool kTouch>
+template <class Type, int kHeads, int kVectors, class Touch>
 LOUVER_INLINE void add_tile(const char* const* rows, int64_t count, const float* weights, int64_t stride, float* out,
-                            int64_t padded, int64_t d, const Ahead& ahead) {
+                            int64_t padded, int64_t d, bool touch, const Touch& ahead) {
     Floats total[kHeads][kVectors];
     for (int g = 0; g < kHeads; ++g)
         for (int j = 0; j < kVectors; ++j) total[g][j] = splat(0);
     for (int64_t i = 0; i < count; ++i) {
-        if (kTouch) ahead.touch(i);
+        if (touch) ahead.touch(i, d * Type::bytes, kVectors * kLanes * Type::bytes);
         Floats v[kVectors];
-        for (int j = 0; j < kVectors; ++j) v[j] = Type::load_lanes(rows[i] + (d + j * kLanes) * Type::bytes);
+        load_apart<Type, kVectors>(rows[i], d, v);
         for (int g = 0; g < kHeads; ++g) {
             const float w = weights[g * stride + i];
             for (int j = 0; j < kVectors; ++j) total[g][j] += w * v[j];
         }
     }
-    for (int g = 0; g < kHeads; ++g)
+    for (int g = 0; g < kHeads; ++g) {
+        in_order<Type, kVectors>(total[g]);
         for (int j = 0; j < kVectors; ++j) {
             float* to = out + g * padded + d + j * kLanes;
             store(to, load<Floats>(to) + total[g][j]);  // tile by tile, so that rounding grows with the sum of both
         }
+    }
 }
 
-template <class Type, int kHeads>
+template <class Type, int kHeads, class Touch>
 LOUVER_INLINE void add_heads(const char* const* rows, int64_t count, const float* weights, int64_t stride, float* out,
-                             int64_t padded, bool touch, const Ahead& ahead) {
+                             int64_t padded, bool touch, const Touch& ahead) {
     constexpr int kVectors = kRegisters == 32 || kHeads < 3 ? 4 : 2;  // whose sums stay in registers
     int64_t d = 0;
-    for (; d + kVectors * kLanes <= padded; d += kVectors * kLanes) {
-        if (touch && d == 0)
-            add_tile<Type, kHeads, kVectors, true>(rows, count, weights, stride, out, padded, d, ahead);
-        if (!touch || d != 0)
-            add_tile<Type, kHeads, kVectors, false>(rows, count, weights, stride, out, padded, d, ahead);
-    }
+    for (; d + kVectors * kLanes <= padded; d += kVectors * kLanes)
+        add_tile<Type, kHeads, kVectors>(rows, count, weights, stride, out, padded, d, touch, ahead);
     for (; d < padded; d += kLanes)
-        add_tile<Type, kHeads, 1, false>(rows, count, weights, stride, out, padded, d, ahead);
+        add_tile<Type, kHeads, 1>(rows, count, weights, stride, out, padded, d, touch, ahead);
 }
 
 // out[g * padded + d] += sum_i weights[g * stride + i] value_i[d] over count rows of Type, padded channels each.
-template <class Type>
+// ahead.touch(i, b, n) is called as n bytes of row i from b on are read.
+template <class Type, class Touch>
 LOUVER_INLINE void add_rows(const char* const* rows, int64_t count, const float* weights, int64_t stride, int64_t heads,
-                            float* out, int64_t padded, const Ahead& ahead) {
+                            float* out, int64_t padded, const Touch& ahead) {
     int64_t g = 0;
     for (; g + 4 <= heads; g += 4)
         add_heads<Type, 4>(rows, count, weights + g * stride, stride, out + g * padded, padded, g == 0, ahead);

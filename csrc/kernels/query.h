@@ -5,18 +5,27 @@
 
 namespace louver::LOUVER_ISA {
 
+// Whether keys of bfloat16 are scored by two multiply-adds in float32 for a register of pairs, and not by the
+// instruction that takes pairs: dispatch.cpp knows where which pays.
+#if defined(__AVX512F__) && !defined(__AVX512BF16__)
+constexpr bool kReadsApart = true;
+#else
+constexpr bool kReadsApart = false;
+#endif
+
 struct Group {
     int64_t size = 0, padded = 0;        // heads, and channels padded to whole vectors
     const float* q = nullptr;            // [size, padded]
     const float* norm = nullptr;         // [size], at least |q|
     const uint16_t* bfloat16 = nullptr;  // [size, padded], the same queries; null where they are not exactly that
+    const float* apart = nullptr;        // [size, padded], of every 2 * kLanes channels the even ones first; or null
     float longest = 0;                   // keys shorter than this have scores no partial sum of which overflows
 };
 
 inline int64_t padded_dims(int64_t dims) { return (dims + kLanes - 1) / kLanes * kLanes; }
 
 inline int64_t group_floats(int64_t size, int64_t padded) {
-    return size * padded + padded_dims(size) + size * padded / 2 + kLanes;
+    return size * padded + padded_dims(size) + size * padded + kLanes;
 }
 
 // A norm from its squares' sum, taken in float64 where one chain of additions in float32 would outgrow kNormInflation.
@@ -66,10 +75,19 @@ inline Group read_group(const Problem& problem, int64_t row, int64_t head, float
     }
     float largest = 0;
     for (int64_t g = 0; g < size; ++g) largest = norms[g] > largest ? norms[g] : largest;
-    Group group{size, padded, memory, norms, nullptr, 0x1p126f / largest};
-    if (safe_as_bfloat16(problem, memory, size, padded)) {
+    Group group;
+    group.size = size, group.padded = padded, group.q = memory, group.norm = norms;
+    group.longest = 0x1p126f / largest;
+    float* copy = norms + padded_dims(size);
+    if (kReadsApart) {
+        if (dims % (2 * kLanes) != 0) return group;
+        for (int64_t i = 0; i < size * dims; ++i) {
+            const int64_t channel = i % (2 * kLanes);
+            copy[i - channel + channel / 2 + channel % 2 * kLanes] = memory[i];
+        }
+        group.apart = copy;
+    } else if (safe_as_bfloat16(problem, memory, size, padded)) {
         const char* from = problem.q + (row * problem.num_q_heads + head * size) * dims * 2;
-        float* copy = norms + padded_dims(size);
         std::memcpy(copy, from, static_cast<size_t>(2 * size * dims));
         group.bfloat16 = reinterpret_cast<const uint16_t*>(copy);
     }

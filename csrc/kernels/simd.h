@@ -240,6 +240,28 @@ LOUVER_INLINE void sum4(const Floats* x, float* out) {
     for (int i = 0; i < 4; ++i) out[i] = sum(x[i]);
 #endif
 }
+#if defined(__AVX512F__)
+// The sums of sixteen vectors, in their order: halves of two are added at a time, so that four rounds leave one
+// register.
+LOUVER_INLINE Floats sum16(const Floats* x) {
+    __m512 four[4];
+    for (int i = 0; i < 4; ++i) {
+        __m512 two[2];
+        for (int j = 0; j < 2; ++j) {
+            const __m512 a = (__m512)x[4 * i + 2 * j], b = (__m512)x[4 * i + 2 * j + 1];
+            two[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        const __m512d a = _mm512_castps_pd(two[0]), b = _mm512_castps_pd(two[1]);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    __m512 half[2];
+    for (int i = 0; i < 2; ++i)
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0x44),
+                                _mm512_shuffle_f32x4(four[2 * i], four[2 * i + 1], 0xee));
+    return (Floats)_mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                                 _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+}
+#endif
 LOUVER_INLINE void largest4(const Floats* x, float* out) {
 #if defined(__AVX2__)
     __m256 half[4];
