@@ -45,7 +45,7 @@ def test_several_tokens_too(case):
         ("avx512", torch.float32, 900, True),
         ("avx512", torch.float32, 10**4, False),
         ("avx512", torch.bfloat16, 3900, True),  # of a narrow key in 16 bits there is less to save
-        ("avx512", torch.bfloat16, 8192, False),
+        ("avx512", torch.bfloat16, 16384, False),
         ("avx2", torch.float32, 900, True),
         ("avx2", torch.bfloat16, 1800, True),
         ("avx2", torch.bfloat16, 4000, False),

@@ -10,7 +10,7 @@ from louver.shapes import Keys, PerRow
 # fixed work to pay, and saves of each key what it is wider than its own share of the sketch's arithmetic.
 FIXED = 170_000
 SKETCHED = 85
-# With AVX-512 the dense kernel is bound by memory, and half as long in coming to it as it was when FIXED was measured.
+# With AVX-512 the dense kernel takes half of the time that it took when FIXED was measured.
 FIXED_AVX512 = 340_000
 # With AVX2 the dense kernel, 16 bits wide or 32, is bound by arithmetic: a step through the sketch saves most of it, whatever is kept.
 FIXED_AVX2 = 250_000
