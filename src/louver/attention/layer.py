@@ -9,6 +9,7 @@ from torch import Tensor
 
 from louver.attention.dense import attend_everything
 from louver.attention.on_store import OnStore
+from louver.attention.replayed import ReplayedSteps
 from louver.attention.room import check_room
 from louver.attention.sparse import attend, attend_many
 from louver.errors import PolicyError
@@ -69,6 +70,7 @@ class LouverAttention(OnStore):
                 f"policy {self.policy.spec!r} drops nothing, so it needs the sketch's values, which index={index!r} has not; "
                 "use a retrieval policy such as 'budget:0.1', or index='sketch'"
             )
+        self._replayed = ReplayedSteps(backend)
         self._index_name = index
         self.index: KeyIndex
         if index == "sketch":
@@ -101,7 +103,9 @@ class LouverAttention(OnStore):
             check_room(
                 keys, self.kv_len + keys.shape[2], config, self.store_config.store == "device", self.max_gpu_bytes
             )
-        return super().append(keys, values)
+        if not self._replayed.append(self.store, keys, values):
+            self.store.append(keys, values)
+        return self.held
 
     def attend(self, q: Query, softmax_scale: float, kv_start: PerRow | None = None) -> AttendResult:
         """Attention of q [batch, num_q_heads, head_dim] over the tokens held, by this layer's policy."""
@@ -111,6 +115,9 @@ class LouverAttention(OnStore):
             values = self.store.values
             assert values is not None
             return attend_everything(q, self.store, values, softmax_scale, self.record)
+        replayed = None if self.record else self._replayed.attend(q, self.index, self.policy, softmax_scale)
+        if replayed is not None:
+            return replayed
         return attend(
             q, self.index, policy=self.policy, softmax_scale=softmax_scale, keep_best=True, record=self.record
         )

@@ -32,9 +32,14 @@ class OnStore:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Keys, Values]:
         """Add tokens [batch, num_kv_heads, new_len, head_dim]; return all keys and values held, as views."""
         self.store.append(keys, values)
-        held = self.store.values
-        assert held is not None
-        return self.store.keys, held
+        return self.held
+
+    @property
+    def held(self) -> tuple[Keys, Values]:
+        """All keys and values held, as views."""
+        values = self.store.values
+        assert values is not None
+        return self.store.keys, values
 
     def memory_bytes(self) -> dict[str, int]:
         """Bytes held, room to grow included: ``keys_values`` and ``index``, and the same bytes by where they are."""

@@ -109,7 +109,7 @@ class DeviceStore:
         A view of a tensor that asks for gradients tracks them or not, as the mode was when it was made: made anew each time.
         """
         if known is None or known[0] is not buffer or known[1] != self._len or buffer.requires_grad:
-            return buffer, self._len, buffer[:, :, : self._len]
+            return buffer, self._len, buffer.narrow(2, 0, self._len)
         return known
 
     @property
@@ -171,6 +171,20 @@ class DeviceStore:
         """Keys and values with the room to grow behind them, for whoever writes tokens there itself and then calls ``advance``."""
         assert self._keys is not None and self._values is not None and not self._borrowed, "buffers of the store's own"
         return self._keys, self._values
+
+    def takes(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether one token a row like these can be written into ``buffers`` as they are, for ``advance`` to take in."""
+        held, room = self._keys, self._values
+        return (
+            type(self) is DeviceStore  # the others move tokens elsewhere as they come
+            and held is not None
+            and room is not None
+            and not (self._borrowed or self._ragged)
+            and self._len < held.shape[2]
+            and keys.shape == values.shape == (held.shape[0], held.shape[1], 1, held.shape[3])
+            and keys.dtype == values.dtype == held.dtype == room.dtype
+            and keys.device == values.device == held.device
+        )
 
     def advance(self, kv_len: PerRow) -> None:
         """Take in one token a row that was written into the buffers already; kv_len, on the device, counts it."""

@@ -21,6 +21,7 @@ from louver.integrations.transformers.layer import LouverLayer, mark, ordinary_t
 from louver.integrations.transformers.padding import NO_PADDING, Padding
 from louver.kernels import get_ops, resolve_backend
 from louver.kernels.ops import TierOutput
+from louver.kv.clock import Clock
 from louver.policies.base import Dense
 
 _WARM_UPS = 2  # steps before the capture, in which kernels are compiled and libraries make their handles
@@ -95,7 +96,7 @@ class CapturedDecoding:
 
     def _capture(self, token: Tensor, held: int) -> None:
         _check(self._cache, self._in_graphs)  # what is held now may be padded
-        self._clock = _Clock(token.shape[0], token.device)
+        self._clock = Clock(token.shape[0], token.device)
         self._layers = [_CapturedLayer(layer, self._clock) for layer in self._cache.served_layers]
         self._token = token[:, None].clone()
         # No mask would make transformers build one from the positions; a mask of four dimensions it passes on as it is.
@@ -154,22 +155,6 @@ class CapturedDecoding:
         return model(self._token, **inputs, **self._cache.kwargs()).logits[:, -1]
 
 
-class _Clock:
-    """How many tokens there are, on the device: ``kv_len`` of them, the last at ``position``."""
-
-    def __init__(self, batch: int, device: torch.device) -> None:
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
-        self.kv_len = torch.zeros(batch, dtype=torch.int32, device=device)
-
-    def set(self, held: int) -> None:
-        self.position.fill_(held - 1)
-        self.kv_len.fill_(held)
-
-    def tick(self) -> None:
-        self.position += 1
-        self.kv_len += 1
-
-
 class _CapturedLayer(LouverLayer):
     """A LouverLayer whose length is the clock's."""
 
@@ -177,7 +162,7 @@ class _CapturedLayer(LouverLayer):
     step: TierOutput | None
     encodes: bool  # in the step that is being captured
 
-    def __init__(self, layer: LouverLayer, clock: _Clock) -> None:
+    def __init__(self, layer: LouverLayer, clock: Clock) -> None:
         super().__init__(layer.layer_idx, lambda _: layer.attention, layer.shared)
         self.padding, self._clock, self.step, self._stands_for = NO_PADDING, clock, None, layer
         self._keys, self._values = self.attention.store.buffers

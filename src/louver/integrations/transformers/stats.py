@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from louver.attention.dense import DenseResult, dense_stats
+from louver.attention.packed import Form, PackedResult
 from louver.protocols import AttendResult, StepStats
 
 _COUNTS = ("num_keys", "num_scanned", "num_exact", "num_coarse", "num_unread", "bytes_read", "bytes_dense")
@@ -111,7 +112,8 @@ class DecodeStats:
 
 
 # Steps whose figures wait until their sums are taken together: one by one they would take longer than a short step.
-_PENDING = 16
+_PENDING = 64
+_PENDING_BYTES = 1 << 20  # of outputs, for large batches
 
 
 class _Figures(NamedTuple):
@@ -129,78 +131,101 @@ class _Totals:
     def __init__(self) -> None:
         self.num_steps = 0
         self.num_outputs = 0
-        self.counts: Tensor | None = None  # int64, in the order of _COUNTS
+        self.tables: dict[_Kind, Tensor] = {}  # int64: the sums of COUNTS, and of index_bytes
         self.sums: Tensor | None = None  # float64: relative certificate, dropped mass bound
         self.worst: Tensor | None = None
         self._pending: list[_Figures] = []
+        self._packed: dict[Form, list[Tensor]] = {}  # results in one piece
         self._dense: list[tuple[Tensor, int, int]] = []  # arguments of dense_stats
+        self._waiting = 0
+        self._waiting_bytes = 0
 
     def add(self, result: AttendResult) -> None:
         self.num_steps += 1
         self.num_outputs += result.out.shape[0] * result.out.shape[1]
         if isinstance(result, DenseResult):  # its certificates are 0
             self._dense.append(result.read)
-            if len(self._dense) >= _PENDING:
-                self.settle()
-            return
-        self._pending.append(_Figures(result.stats, result.out, result.certificate, result.dropped_mass_bound))
-        if len(self._pending) >= _PENDING:
+        elif isinstance(result, PackedResult):
+            self._packed.setdefault(result.form, []).append(result.packed)
+            self._waiting_bytes += result.packed.nbytes
+        else:
+            self._pending.append(_Figures(result.stats, result.out, result.certificate, result.dropped_mass_bound))
+            self._waiting_bytes += result.out.nbytes
+        self._waiting += 1
+        if self._waiting >= _PENDING or self._waiting_bytes > _PENDING_BYTES:
             self.settle()
 
     def settle(self) -> None:
         """Take in the figures that wait, those of one kind together."""
         kinds: dict[tuple, list[_Figures]] = {}
         for one in self._pending:
-            kinds.setdefault((one.stats.byte_weights, one.stats.drops, one.stats.index_bytes is None), []).append(one)
+            kinds.setdefault((_Kind.of(one.stats), one.stats.index_bytes is None), []).append(one)
         shapes: dict[tuple[int, int], list[Tensor]] = {}
         for length, *shape in self._dense:
             shapes.setdefault((shape[0], shape[1]), []).append(length)
-        self._pending, self._dense = [], []
+        packed, self._packed = self._packed, {}
+        self._pending, self._dense, self._waiting, self._waiting_bytes = [], [], 0, 0
         for some in kinds.values():
             self._take(some)
+        for form, pieces in packed.items():
+            parts = {name: x.flatten(0, 1) for name, x in form.unpack(torch.stack(pieces)).items()}
+            self._take([_Figures(form.stats(parts), parts["out"], parts["certificate"], parts["dropped_mass_bound"])])
         for shape, lengths in shapes.items():
             nothing = torch.zeros(2, dtype=torch.float64, device=lengths[0].device)
-            self._add(_counts_of(dense_stats(torch.cat(lengths), *shape)), nothing, nothing)
+            self._count(dense_stats(torch.cat(lengths), *shape))
+            self._bound(nothing, nothing)
 
     def _take(self, some: list["_Figures"]) -> None:
         figures = zip(*((x.out, x.certificate, x.dropped_mass_bound) for x in some), strict=True)
-        outs, certificates, dropped = (torch.cat([x.flatten(0, 1) for x in each]) for each in figures)
-        index_bytes = [x.stats.index_bytes for x in some if x.stats.index_bytes is not None]
-        stats = replace(
-            some[0].stats,
-            table=torch.cat([x.stats.table.flatten(0, 1) for x in some])[None],
-            index_bytes=torch.cat([x.flatten() for x in index_bytes])[None] if index_bytes else None,
+        outs, certificates, dropped = (_joined([x.flatten(0, 1) for x in each]) for each in figures)
+        index_bytes = [x.stats.index_bytes.flatten() for x in some if x.stats.index_bytes is not None]
+        table = _joined([x.stats.table.flatten(0, 1) for x in some])
+        self._count(
+            replace(some[0].stats, table=table[None], index_bytes=_joined(index_bytes)[None] if index_bytes else None)
         )
         norm = outs.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         bounds = torch.stack([certificates / norm, dropped]).double()
-        self._add(_counts_of(stats), bounds.sum(1), bounds.amax(1))
+        self._bound(bounds.sum(1), bounds.amax(1))
 
-    def _add(self, counts: Tensor, sums: Tensor, worst: Tensor) -> None:
-        if self.counts is None or self.sums is None or self.worst is None:
-            self.counts, self.sums, self.worst = counts, sums, worst
+    def _count(self, stats: StepStats) -> None:
+        counted = stats.table.sum((0, 1))
+        more = counted.new_zeros(1) if stats.index_bytes is None else stats.index_bytes.sum().long()[None]
+        self._add_table(_Kind.of(stats), torch.cat([counted, more]))
+
+    def _add_table(self, kind: "_Kind", counted: Tensor) -> None:
+        held = self.tables.get(kind)
+        self.tables[kind] = counted if held is None else held + counted
+
+    def _bound(self, sums: Tensor, worst: Tensor) -> None:
+        if self.sums is None or self.worst is None:
+            self.sums, self.worst = sums, worst
         else:
-            self.counts, self.sums = self.counts + counts, self.sums + sums
-            self.worst = torch.maximum(self.worst, worst)
+            self.sums, self.worst = self.sums + sums, torch.maximum(self.worst, worst)
 
     @classmethod
     def merged(cls, parts: list["_Totals"]) -> "_Totals":
         whole = cls()
         for part in parts:
             part.settle()
-            if part.counts is not None and part.sums is not None and part.worst is not None:
-                whole._add(part.counts.cpu(), part.sums.cpu(), part.worst.cpu())
+            for kind, counted in part.tables.items():
+                whole._add_table(kind, counted.cpu())
+            if part.sums is not None and part.worst is not None:
+                whole._bound(part.sums.cpu(), part.worst.cpu())
                 whole.num_steps += part.num_steps
                 whole.num_outputs += part.num_outputs
         return whole
 
     def figures(self) -> dict:
         self.settle()
-        if self.counts is None or self.sums is None or self.worst is None:
-            counts, mean, worst = [0] * len(_COUNTS), [0.0, 0.0], [0.0, 0.0]
+        counts = dict.fromkeys(_COUNTS, 0)
+        for kind, counted in self.tables.items():
+            stats = kind.stats(counted.cpu())
+            counts = {name: counts[name] + int(getattr(stats, name)) for name in _COUNTS}
+        if self.sums is None or self.worst is None:
+            mean, worst = [0.0, 0.0], [0.0, 0.0]
         else:
-            counts, worst = self.counts.tolist(), self.worst.tolist()
-            mean = (self.sums / self.num_outputs).tolist()
-        return dict(zip(_COUNTS, counts, strict=True)) | {
+            mean, worst = (self.sums / self.num_outputs).tolist(), self.worst.tolist()
+        return counts | {
             "num_steps": self.num_steps,
             "certificate_mean": mean[0],
             "certificate_worst": worst[0],
@@ -209,6 +234,21 @@ class _Totals:
         }
 
 
-def _counts_of(stats: StepStats) -> Tensor:
-    """The sums named in _COUNTS, int64."""
-    return torch.stack([getattr(stats, name).sum() for name in _COUNTS])
+class _Kind(NamedTuple):
+    """What counts mean; all that StepStats makes of them is linear, so sums are read like one step's."""
+
+    byte_weights: tuple[int, ...]
+    head_dim: int
+    drops: bool
+
+    @classmethod
+    def of(cls, stats: StepStats) -> "_Kind":
+        return cls(stats.byte_weights, stats.head_dim, stats.drops)
+
+    def stats(self, counted: Tensor) -> StepStats:
+        """Of the sums of COUNTS and, behind them, of index_bytes."""
+        return StepStats(table=counted[None, None, :-1], index_bytes=counted[None, -1:], **self._asdict())
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -2,7 +2,7 @@
 
 ``step``, ``attend_in_looks``, ``attend_within``, ``sample_scores``, ``encode_block`` and ``attend_dense`` are kernels: all that a decode step
 asks for, under any policy. The others are asked for outside the hot path (a search by hand) and run the reference's tensor code on the
-device.
+device. ``graphs`` captures what a decode step launches.
 """
 
 from louver.kernels.reference import (
@@ -19,7 +19,7 @@ from louver.kernels.reference import (
     sum_reaches,
     tighten,
 )
-from louver.kernels.triton import dense, encode, looks, sample, within
+from louver.kernels.triton import dense, encode, graphs, looks, sample, within
 from louver.kernels.triton import step as steps
 from louver.kernels.triton.device import on_its_device
 
@@ -40,6 +40,7 @@ __all__ = [
     "bounds",
     "count_tiers",
     "encode_block",
+    "graphs",
     "merge",
     "resolve",
     "sample_scores",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from louver.geometry.rounding import UNIT_OF
 from louver.kernels.triton.common import LN2, LOG2E, exp, token_offset
-from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, workspace
+from louver.kernels.triton.launch import buffers, cache_arguments, longest_row, num_splits, workspace
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values
 from louver.sketch.layout import Sketch
 
@@ -219,7 +219,7 @@ def _attend(
 ) -> None:
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
-    longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
+    longest = longest_row(keys, block_table)
     block = 64 if head_dim <= 64 and keys.element_size() == 2 else 32  # narrow heads: as many bytes on their way
     # Of some KV heads there are programs enough to fill the device with one of them; the others' end at once.
     splits = num_splits(batch * num_kv_heads, -(-longest // block), 2 if only is None else 8)

@@ -13,6 +13,7 @@ from louver.kernels.triton import runtime
 from louver.sketch.layout import SCALES
 
 MOST_BYTES = 256 << 20  # of buffers held from step to step, beside the largest
+ROUNDED_TOKENS = 1024
 NUM_MULTIPROCESSORS = 132  # of a Hopper card; only the number of programs depends on it
 
 
@@ -60,6 +61,23 @@ def buffers(make: Callable[..., Any], device: torch.device, *shape: Any) -> Any:
 
 def _num_bytes(made: Tensor | tuple[Tensor, ...]) -> int:
     return made.nbytes if isinstance(made, Tensor) else sum(x.nbytes for x in made)
+
+
+def rounded(tokens: int) -> int:
+    """Up to how many tokens all that the host decides by length stays the same: a power of two, from 1,024 on a multiple of that.
+
+    While a cache grows up to it, every step makes the same launches, which a step captured in a graph repeats.
+    """
+    return (
+        1 << max(tokens - 1, 0).bit_length()
+        if tokens < ROUNDED_TOKENS
+        else -(-tokens // ROUNDED_TOKENS) * ROUNDED_TOKENS
+    )
+
+
+def longest_row(keys: Tensor, block_table: Tensor | None = None) -> int:
+    """Tokens that a row may have, rounded, for whatever the host decides by length."""
+    return rounded(keys.shape[2] * (1 if block_table is None else block_table.shape[1]))
 
 
 def num_splits(rows: int, most: int, per_multiprocessor: int) -> int:

@@ -26,7 +26,7 @@ from louver.kernels.ops import TierOutput
 from louver.kernels.triton import native, step
 from louver.kernels.triton.common import BINS, COUNTERS, CROWDED
 from louver.kernels.triton.dense import attend_crowded, attend_everything
-from louver.kernels.triton.launch import buffers, cache_arguments, num_splits, workspace
+from louver.kernels.triton.launch import buffers, cache_arguments, longest_row, num_splits, workspace
 from louver.kernels.triton.plan import SHARE_BITS, TOLERANCE, Plan, plan_for
 from louver.kernels.triton.thresholds import first_kernel, last_kernel, second_kernel
 from louver.kernels.triton.weigh import list_new_kernel, weigh_kernel
@@ -73,7 +73,7 @@ def attend_in_looks(
     want = Wanted(**wanted)
     sketch = sketch.by_row()
     batch, num_q_heads, head_dim = q.shape
-    longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
+    longest = longest_row(keys, block_table)
     record_here = record and block_table is None
     if step.dense_is_faster(q, keys, longest, True) and not record_here and keys.dtype == values.dtype:
         dense = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
@@ -99,7 +99,7 @@ def attend_in_looks(
     plan = plan._replace(rule=KEPT, choice=(0, TOLERANCE, NEVER, 0.0, 0.0))
     promised = _narrow(plan, x, want, sinks, recent, slack_share, native_scan)
 
-    mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else None
+    mask = torch.zeros(batch, num_q_heads, keys.shape[2], dtype=torch.int8, device=q.device) if record_here else None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     evidence = torch.empty(5, batch, num_q_heads, dtype=torch.float32, device=q.device)
     counts = torch.empty(batch, num_kv_heads, 7, dtype=torch.int64, device=q.device)

@@ -28,7 +28,7 @@ def _nvrtc() -> ctypes.CDLL | None:
 
 
 @lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -50,7 +50,7 @@ def function(sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int],
 def _function(
     device: int, sources: tuple[str, ...], name: str, macros: tuple[tuple[str, int], ...]
 ) -> ctypes.c_void_p:  # of one device: a kernel is loaded into its context
-    nvrtc, driver = _nvrtc(), _driver()
+    nvrtc, cuda = _nvrtc(), driver()
     assert nvrtc is not None, "ask available() first"
     folder = Path(__file__).parent
     text = b"".join((folder / source).read_bytes() for source in ("common.cuh", *sources))
@@ -73,14 +73,12 @@ def _function(
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
     torch.cuda.current_stream()  # the driver needs torch's context
     module, kernel = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), image), "load")
-    _check(driver.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()), "find")
+    _check(cuda.cuModuleLoadData(ctypes.byref(module), image), "load")
+    _check(cuda.cuModuleGetFunction(ctypes.byref(kernel), module, name.encode()), "find")
     most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     static = ctypes.c_int()
-    _check(
-        driver.cuFuncGetAttribute(ctypes.byref(static), 1, kernel), "ask about"
-    )  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(kernel, 8, most - static.value), "configure")  # ..._MAX_DYNAMIC_SHARED_SIZE_BYTES
+    _check(cuda.cuFuncGetAttribute(ctypes.byref(static), 1, kernel), "ask about")  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+    _check(cuda.cuFuncSetAttribute(kernel, 8, most - static.value), "configure")  # ..._MAX_DYNAMIC_SHARED_SIZE_BYTES
     return kernel
 
 
@@ -166,13 +164,13 @@ def launch(
         ctypes.pointer(_EARLY),
         int(early and _starts_early(torch.cuda.current_device())),
     )
-    _check(_driver().cuLaunchKernelEx(ctypes.byref(config), kernel, held.pointers, None), "launch")
+    _check(driver().cuLaunchKernelEx(ctypes.byref(config), kernel, held.pointers, None), "launch")
 
 
 def in_host_memory(x: Tensor) -> bool:
     """Whether a CUDA tensor's memory is the host's, so that every byte read crosses the bus."""
     kind = ctypes.c_uint(0)
-    _check(_driver().cuPointerGetAttribute(ctypes.byref(kind), 2, ctypes.c_void_p(x.data_ptr())), "ask about")
+    _check(driver().cuPointerGetAttribute(ctypes.byref(kind), 2, ctypes.c_void_p(x.data_ptr())), "ask about")
     return kind.value == 1  # CU_POINTER_ATTRIBUTE_MEMORY_TYPE: CU_MEMORYTYPE_HOST
 
 

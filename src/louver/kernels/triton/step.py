@@ -31,7 +31,7 @@ from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
 from louver.kernels.triton.finish import finish_kernel
-from louver.kernels.triton.launch import cache_arguments, num_splits
+from louver.kernels.triton.launch import cache_arguments, longest_row, num_splits
 from louver.kernels.triton.plan import Plan, plan_for
 from louver.kernels.triton.resolve import resolve_kernel
 from louver.kernels.triton.scan import SAMPLE, prepare_kernel, scan_kernel
@@ -92,7 +92,7 @@ def step(
     """
     sketch = sketch.by_row()
     batch, num_q_heads, head_dim = q.shape
-    longest = keys.shape[2] * (1 if block_table is None else block_table.shape[1])
+    longest = longest_row(keys, block_table)
     record_here = record and block_table is None
     if dense_is_faster(q, keys, longest, rule.drop) and not record_here and keys.dtype == values.dtype:
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
@@ -133,7 +133,7 @@ def step(
         scan(plan, x, sinks, recent, keep_best, scans, ranked)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
     slack_share = SAFETY * gamma(head_dim + 2, unit)
-    mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=q.device) if record_here else None
+    mask = torch.zeros(batch, num_q_heads, keys.shape[2], dtype=torch.int8, device=q.device) if record_here else None
     if not native_scan:
         sort(plan, scans)
     elif rule.drop:

@@ -24,7 +24,7 @@ from louver.kernels.ops import TierOutput
 from louver.kernels.triton import native
 from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_crowded
-from louver.kernels.triton.launch import buffers, num_splits, workspace
+from louver.kernels.triton.launch import buffers, longest_row, num_splits, workspace
 from louver.kernels.triton.plan import plan_for
 from louver.kernels.triton.settle import settle_kernel
 from louver.kernels.triton.step import attend_listed, finish, output_of, scan, serves, sort
@@ -61,7 +61,7 @@ def attend_within(
     if not serves(q, sketch, keys, values):
         return None
     batch, num_q_heads, head_dim = q.shape
-    rows, longest = batch * keys.shape[1], keys.shape[2]
+    rows, longest = batch * keys.shape[1], longest_row(keys)
     native_scan = native.serves_scan(q, sketch, num_q_heads // keys.shape[1])
     scans = native.num_ctas(rows, -(-sketch.capacity // 8)) if native_scan else num_splits(rows, sketch.capacity, 8)
     exacts = num_splits(rows, -(-longest // 64), 4)
@@ -70,7 +70,7 @@ def attend_within(
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
     rounding = ((longest / min(scans, exacts) + scans + exacts + 256) * TENSOR_UNIT, UNIT_OF[q.dtype])
-    mask = torch.zeros(batch, num_q_heads, longest, dtype=torch.int8, device=device) if record else None
+    mask = torch.zeros(batch, num_q_heads, keys.shape[2], dtype=torch.int8, device=device) if record else None
     out = torch.empty(q.shape, dtype=q.dtype, device=device)
     evidence = torch.empty(5, batch, num_q_heads, dtype=torch.float32, device=device)
     counts = torch.empty(batch, keys.shape[1], 7, dtype=torch.int64, device=device)

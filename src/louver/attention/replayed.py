@@ -1,0 +1,253 @@
+"""Single-token steps of a layer as replays of CUDA graphs, captured on the way: for the host a step is two launches and three copies.
+
+    append    the new key and value, copied to where a graph expects them; the graph writes them behind the last token
+    attend    the query likewise; the graph runs the policy's step over what the clock counts; output and evidence are copied out
+
+A graph repeats addresses, shapes and whatever the host decided. So what all of them follow from is a key, looked at before every replay: the
+same key twice and a third time, and the step is captured; another key, and the graph is dropped. Between steps a cache may be cropped, its
+rows moved, its buffers grown, another thread or stream take over: the key says so, or the clock is set anew. What has no key (several
+tokens, a prompt, a recorded step, a capture that is under way) is launched as ever, and gives the same bits.
+"""
+
+import warnings
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from louver.attention.fused import follows, fused_step
+from louver.attention.packed import Form, PackedResult, pack
+from louver.errors import BackendError, LouverWarning
+from louver.index.sketch import SketchIndex
+from louver.kernels import get_ops, resolve_backend
+from louver.kv.clock import Clock
+from louver.kv.device import DeviceStore
+from louver.protocols import AttendResult, KeyIndex, Policy
+from louver.shapes import Keys, Query, Values
+from louver.sketch.accounting import byte_weights
+from louver.sketch.layout import Sketch
+
+R = TypeVar("R")
+T = TypeVar("T")
+_copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] - one launch for several tensors
+LAUNCHED = 2  # steps of a key before it is captured: a capture takes as long as a few
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """What was captured."""
+
+    def replay(self) -> None:
+        """Launch it."""
+        ...
+
+
+@runtime_checkable
+class Graphs(Protocol):
+    """A backend's way to capture (kernels/triton/graphs.py)."""
+
+    def on(self, device: torch.device) -> AbstractContextManager: ...
+    def place(self, device: torch.device) -> Any:
+        """Where launches go, hashable; None where nothing can be replayed."""
+        ...
+
+    def decided(self, tokens: int) -> tuple[int, Hashable]:
+        """What the host decides of a step by its length: up to how many tokens it stays so, and by which switches."""
+        ...
+
+    def serves(self, q: Tensor, sketch: Sketch, keys: Tensor, values: Tensor) -> bool:
+        """Whether kernels take these shapes."""
+        ...
+
+    def capture(self, body: Callable[[], Any], at: Any) -> tuple[Graph, Any]:
+        """Call body, then capture what it launches; the graph, and the tensors that replays write."""
+        ...
+
+
+class Slot(Generic[T]):
+    """One captured sequence, with the key it was captured under."""
+
+    def __init__(self) -> None:
+        self.held: T | None = None
+        self._key: Any = None
+        self._steps = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing was asked of it yet."""
+        return self._key is None
+
+    def at(self, key: Any, make: Callable[[], T | None] | None) -> T | None:
+        """What make gave for this key, made once the key was asked for LAUNCHED times; None before, and where it gave nothing.
+
+        make is None where it is too early for it; it is then made a step later.
+        """
+        if key != self._key:
+            self.held, self._key, self._steps = None, key, 1
+        elif self._steps < LAUNCHED:
+            self._steps += 1
+        elif self._steps == LAUNCHED and make is not None:
+            self._steps += 1
+            self.held = make()
+        return self.held
+
+
+class Appending(NamedTuple):
+    """A captured append: it reads ``new`` and moves ``clock`` on."""
+
+    graph: Graph
+    new: list[Tensor]
+    clock: Clock
+
+
+class Attending(NamedTuple):
+    """A captured attend: it reads ``q``, and how many tokens there are from ``clock``, and writes ``packed``."""
+
+    graph: Graph
+    clock: Clock
+    q: Tensor
+    packed: Tensor
+    form: Form
+
+
+class ReplayedSteps:
+    """What was captured of one layer.
+
+    Args:
+        backend: whose graphs; one that has none launches every step.
+        graphs: those to capture with, in place of the backend's.
+    """
+
+    def __init__(self, backend: str = "auto", graphs: Graphs | None = None) -> None:
+        self._backend, self._graphs = backend, graphs
+        self._looked = graphs is not None  # for the backend's graphs
+        self._appending, self._attending = Slot[Appending](), Slot[Attending]()
+        self._len = -1  # tokens of the store as the clock has them
+
+    def __reduce__(self) -> tuple:
+        return ReplayedSteps, (self._backend,)  # a copied layer has other buffers, and captures them itself
+
+    def _graphs_on(self, device: torch.device) -> Graphs | None:
+        if not self._looked:
+            self._looked = True
+            if device.type == "cuda":
+                self._graphs = getattr(get_ops(resolve_backend(self._backend, device)), "graphs", None)
+        return self._graphs
+
+    def append(self, store: DeviceStore, keys: Keys, values: Values) -> bool:
+        """Take one token a row into the store by a replay. False: it was not, and nothing happened."""
+        graphs = self._graphs_on(keys.device)
+        if graphs is None or not store.takes(keys, values):
+            return False
+        with graphs.on(keys.device):
+            at = graphs.place(keys.device)
+            if at is None:
+                return False
+            held, room = store.buffers
+            key = (at, held.data_ptr(), room.data_ptr(), held.shape, held.dtype)
+            taken = self._appending.at(key, lambda: self._capture_append(graphs, at, store, keys, values))
+            if taken is None:
+                return False
+            if store.kv_len is not taken.clock.kv_len or self._len != len(store):
+                taken.clock.set(len(store))  # a crop, say, or a prompt
+            self._len = -1  # until it is done: a failure leaves the clock ahead
+            _copy_each(taken.new, [keys, values])
+            taken.graph.replay()
+            store.advance(taken.clock.kv_len)
+            self._len = len(store)
+        return True
+
+    def attend(self, q: Query, index: KeyIndex, policy: Policy, softmax_scale: float) -> AttendResult | None:
+        """One step by a replay, if the last token came by one; None: not now."""
+        graphs, taken = self._graphs, self._appending.held
+        if graphs is None or self._appending.is_new or not isinstance(index, SketchIndex):
+            return None
+        with graphs.on(q.device):
+            at = graphs.place(q.device)
+            if at is None:
+                return None
+            index.refresh()
+            store: Any = index.store
+            sketch = index.sketch
+            assert sketch is not None, "refresh() makes it"
+            tokens, switches = graphs.decided(len(store))
+            shapes = (q.shape, q.dtype, sketch.capacity, sketch.config)
+            keys, values = store.buffers
+            addresses = (keys.data_ptr(), values.data_ptr(), store.kv_start.data_ptr(), *sketch.addresses())
+            key = (at, tokens, switches, policy, softmax_scale, shapes, addresses)
+            if taken is None or store.kv_len is not taken.clock.kv_len or self._len != len(store):
+                self._attending.at(key, None)
+                return None
+            how = (tokens, policy, softmax_scale)
+            step = self._attending.at(
+                key, lambda: self._capture_attend(graphs, at, q, index, sketch, taken.clock, *how)
+            )
+            if step is None:
+                return None
+            if step.clock is not taken.clock:  # of another batch that came in between
+                self._attending = Slot()
+                return None
+            step.q.copy_(q)
+            step.graph.replay()
+            return PackedResult(step.packed.clone(), step.form)
+
+    def _capture_append(
+        self, graphs: Graphs, at: Any, store: DeviceStore, keys: Keys, values: Values
+    ) -> Appending | None:
+        with torch.inference_mode(False), torch.no_grad():
+            new = [torch.empty_like(x, requires_grad=False) for x in (keys, values)]
+            clock, buffers, held = Clock(keys.shape[0], keys.device), store.buffers, len(store)
+
+            def write() -> None:
+                clock.tick()
+                for buffer, x in zip(buffers, new, strict=True):
+                    buffer.index_copy_(2, clock.position, x)
+
+            _copy_each(new, [keys, values])
+            clock.set(held)
+            captured = self._captured(lambda: graphs.capture(write, at))
+            return None if captured is None else Appending(captured[0], new, clock)
+
+    def _capture_attend(
+        self,
+        graphs: Graphs,
+        at: Any,
+        q: Query,
+        index: SketchIndex,
+        sketch: Sketch,
+        clock: Clock,
+        tokens: int,
+        policy: Policy,
+        softmax_scale: float,
+    ) -> Attending | None:
+        store: Any = index.store
+        keys, values = (x[:, :, :tokens] for x in store.buffers)
+        ops, place = get_ops(index.backend), (store.kv_start, clock.kv_len, softmax_scale)
+        if not follows(policy, ops) or not graphs.serves(q, sketch, keys, values) or sketch.pages is not None:
+            return None
+        weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
+        with torch.inference_mode(False), torch.no_grad():
+            held = q.detach().clone(memory_format=torch.contiguous_format)
+
+            def run() -> tuple[Tensor, Form]:
+                done = fused_step(policy, ops, held, keys, values, sketch, place, keep_best=True)
+                assert done is not None, "follows() and serves() said so"
+                return pack(*done, weights, sketch.head_dim, policy.drops)
+
+            captured = self._captured(lambda: graphs.capture(run, at))
+        return None if captured is None else Attending(captured[0], clock, held, *captured[1])
+
+    def _captured(self, capture: Callable[[], R]) -> R | None:
+        """What capture gives; where it can't, this layer's steps are launched from here on."""
+        try:
+            return capture()
+        except (BackendError, RuntimeError) as error:
+            self._graphs = None
+            warnings.warn(
+                f"steps can't be captured in a CUDA graph here, so they stay as slow to launch as they were: {error}",
+                LouverWarning,
+                stacklevel=2,
+            )
+            return None
