@@ -94,14 +94,16 @@ def test_families_share_what_was_prepared(prompt, tokens):
         assert together[one.spec].bytes_fraction == pytest.approx(alone.bytes_fraction)
 
 
-@pytest.mark.parametrize("spec", ["dense", "exact:0.05", "quest:0.3"])
+@pytest.mark.parametrize("spec", ["dense", "exact:1.0", "exact:0.05", "quest:0.3"])
 def test_greedy_tokens_are_the_most_probable_when_forced(spec, prompt):
     layers = prompt.served_by(method(spec).make)
     tokens, decoded = prompt.greedy(layers, 20)
     again = prompt.forced(layers, tokens)
     assert torch.equal(again.logits.argmax(-1), tokens) and tokens.shape == (3, 20)
-    # Read together and one by one queries round differently, and a bound near a cut moves its key to another tier.
-    torch.testing.assert_close(again.logits, decoded.logits, atol=2e-3 if spec == "dense" else 1e-2, rtol=1e-3)
+    off = (again.logits - decoded.logits).abs().amax(-1)
+    # Read together and one by one queries round differently. Where keys have tiers, a bound near a cut moves its key to another.
+    moved = off > 2e-4
+    assert moved.sum() <= (3 if spec == "exact:0.05" else 0) and off.max() < 1e-2
 
 
 @pytest.mark.parametrize("length", [2, 513, 514, 700])
