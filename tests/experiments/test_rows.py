@@ -26,6 +26,16 @@ def test_machine_names_what_is_missing():
     assert set(facts["versions"]) >= {"python", "torch", "transformers", "triton"}
 
 
+def test_rows_of_the_processor_name_it_where_a_gpu_is_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("louver.experiments.rows.torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("louver.experiments.rows.torch.cuda.get_device_name", lambda index: "a GPU")
+    path = tmp_path / "rows.json"
+    write_rows(path, [], seed=None)
+    assert read_rows(path)["machine"]["device"] == "a GPU"
+    write_rows(path, [], seed=None, device="cpu")
+    assert "CPUs" in read_rows(path)["machine"]["device"]
+
+
 def test_infinity_and_tensors_become_plain_json(tmp_path):
     path = tmp_path / "rows.json"
     write_rows(path, [{"certificate": math.inf, "nan": math.nan, "counts": torch.tensor([1, 2])}], seed=None)

@@ -73,7 +73,7 @@ def bench(
     with Stages() as stages:
         rows = list(run(config, lambda done, total: stages("Measuring", done, total)))
     if json is not None:
-        write_rows(json, rows, seed=seed)
+        write_rows(json, rows, seed=seed, device="cpu")
     console.print(report(rows))
     for name, chart in {} if plot is None else charts(rows).items():
         assert plot is not None
@@ -86,7 +86,7 @@ def _prompt(num_tokens: int, policies: tuple[str, ...], backend: str, json: Path
     with Stages() as stages:
         rows = list(bench_prompt.run(num_tokens, policies, backend, partial(stages, "Reading the prompt")))
     if json is not None:
-        write_rows(json, rows, seed=None)
+        write_rows(json, rows, seed=None, device="cpu")
     for row in rows:
         console.print(
             f"{row['policy']}: {row['kv_len']:,} tokens, {row['num_layers']} layers: prefill {row['prefill_ms'] / 1e3:.1f} s, "

@@ -24,12 +24,15 @@ PACKAGES = ("louver", "torch", "numpy", "safetensors", "transformers", "triton",
 Row = Mapping[str, Any]
 
 
-def machine(seed: int | None, command: str | None = None) -> dict[str, Any]:
-    """Describe this machine and this run: device, versions (None where a package is missing), seed, command."""
+def machine(seed: int | None, command: str | None = None, device: str = "auto") -> dict[str, Any]:
+    """Describe this machine and this run: device, versions (None where a package is missing), seed, command.
+
+    The device is the GPU where torch sees one, unless ``device="cpu"`` says that the run was on the processor beside it.
+    """
     if command is None:
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
-        "device": _device_name(),
+        "device": _device_name(device),
         "num_threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -39,13 +42,21 @@ def machine(seed: int | None, command: str | None = None) -> dict[str, Any]:
 
 
 def write_rows(
-    path: str | os.PathLike[str], rows: Sequence[Row], *, seed: int | None, command: str | None = None, **more: Any
+    path: str | os.PathLike[str],
+    rows: Sequence[Row],
+    *,
+    seed: int | None,
+    command: str | None = None,
+    device: str = "auto",
+    **more: Any,
 ) -> None:
     """Write rows with the machine they come from. ``more`` adds top-level entries, such as ``rows_per_layer``.
 
+    ``device="cpu"`` where the rows are of the processor, whatever is beside it.
+
     The file appears complete or not at all. NaN and infinity have no form in JSON and are written as null.
     """
-    document = {"machine": machine(seed, command), "rows": [dict(row) for row in rows], **more}
+    document = {"machine": machine(seed, command, device), "rows": [dict(row) for row in rows], **more}
     write_text(path, json.dumps(_plain(document), indent=1, allow_nan=False) + "\n")
 
 
@@ -92,8 +103,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _device_name() -> str:
-    if torch.cuda.is_available():
+def _device_name(device: str) -> str:
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
