@@ -37,36 +37,44 @@ LOUVER_INLINE __m512i four_rows(const uint8_t* codes, int64_t step) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
 }
 
+// sum += products of codes with a query's bytes. In assembly, because the compiler copies running sums about.
+LOUVER_INLINE void add_products(__m512i& sum, __m512i codes, __m512i query) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(query));
+}
+
 // Up to four heads over 16 tokens, `pieces` times 16 packed bytes each. Lane group L of register t holds token 4 L + t,
 // so the four partial sums of a token end up in place after two rounds of additions.
-template <int kHeads>
-LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
-                             int64_t half_padded, int32_t* dots, int64_t stride) {
+// kPieces: as many, known when this is compiled, so that every address is a constant away from another; or 0.
+template <int kHeads, int kPieces>
+LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t pieces, const int8_t* query, int32_t* dots, int64_t stride) {
+    if (kPieces > 0) pieces = kPieces;
+    const int64_t row_bytes = kCodeBytes * pieces;
     const __m512i nibble = _mm512_set1_epi8(15);
-    auto values = [&](int g, int64_t at) {
-        const void* from = query + g * 2 * half_padded + at;
-        return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+    auto values = [&](int g, int half, int64_t c) LOUVER_ALWAYS_INLINE {
+        const int8_t* from = query + (2 * g + half) * row_bytes + 16 * c;
+        return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     };
     __m512i total[kHeads][4];
     for (int g = 0; g < kHeads; ++g)
         for (int t = 0; t < 4; ++t) total[g][t] = _mm512_setzero_si512();
+#pragma GCC unroll 4
     for (int64_t c = 0; c < pieces; ++c) {
         __m512i packed[4];
         for (int t = 0; t < 4; ++t) packed[t] = four_rows(codes + t * row_bytes + 16 * c, 4 * row_bytes);
-        for (int g = 0; g < kHeads; ++g) {
-            const __m512i q = values(g, 16 * c);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            __m512i nibbles[4];
             for (int t = 0; t < 4; ++t)
-                total[g][t] = _mm512_dpbusd_epi32(total[g][t], _mm512_and_si512(packed[t], nibble), q);
-        }
-        for (int t = 0; t < 4; ++t) packed[t] = _mm512_and_si512(_mm512_srli_epi16(packed[t], 4), nibble);
-        for (int g = 0; g < kHeads; ++g) {
-            const __m512i q = values(g, half_padded + 16 * c);
-            for (int t = 0; t < 4; ++t) total[g][t] = _mm512_dpbusd_epi32(total[g][t], packed[t], q);
+                nibbles[t] = _mm512_and_si512(half == 0 ? packed[t] : _mm512_srli_epi16(packed[t], 4), nibble);
+            for (int g = 0; g < kHeads; ++g) {
+                const __m512i q = values(g, half, c);
+                for (int t = 0; t < 4; ++t) add_products(total[g][t], nibbles[t], q);
+            }
         }
     }
     for (int g = 0; g < kHeads; ++g) {
         __m512i* x = total[g];
-        auto pair = [](__m512i a, __m512i b) {
+        auto pair = [](__m512i a, __m512i b) LOUVER_ALWAYS_INLINE {
             return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         };
         const __m512i first = pair(x[0], x[1]), second = pair(x[2], x[3]);
@@ -75,25 +83,33 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pi
     }
 }
 
-inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
-                      int64_t group, int32_t* dots, int64_t stride) {
-    alignas(64) uint8_t copy[kLanes * 512];
-    int64_t row_bytes = half;
-    if (tokens < kLanes || half % 16 != 0) {  // reading whole pieces could leave the array
-        row_bytes = (half + 15) / 16 * 16;
-        std::memset(copy, 0, static_cast<size_t>(kLanes * row_bytes));
-        for (int64_t i = 0; i < tokens; ++i)
-            std::memcpy(copy + i * row_bytes, codes + i * half, static_cast<size_t>(half));
-        codes = copy;
-    }
-    const int64_t pieces = (half + 15) / 16;
+template <int kPieces>
+LOUVER_INLINE void dot_all_heads(const uint8_t* codes, int64_t pieces, const int8_t* query, int64_t group,
+                                 int32_t* dots, int64_t stride) {
+    const int64_t query_bytes = 2 * kCodeBytes * pieces;
     int64_t g = 0;
     for (; g + 4 <= group; g += 4)
-        dot_heads<4>(codes, row_bytes, pieces, query + g * 2 * half_padded, half_padded, dots + g * stride, stride);
-    const int8_t* rest = query + g * 2 * half_padded;
-    if (group - g == 1) dot_heads<1>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
-    if (group - g == 2) dot_heads<2>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
-    if (group - g == 3) dot_heads<3>(codes, row_bytes, pieces, rest, half_padded, dots + g * stride, stride);
+        dot_heads<4, kPieces>(codes, pieces, query + g * query_bytes, dots + g * stride, stride);
+    const int8_t* rest = query + g * query_bytes;
+    int32_t* to = dots + g * stride;
+    if (group - g == 1) dot_heads<1, kPieces>(codes, pieces, rest, to, stride);
+    if (group - g == 2) dot_heads<2, kPieces>(codes, pieces, rest, to, stride);
+    if (group - g == 3) dot_heads<3, kPieces>(codes, pieces, rest, to, stride);
+}
+
+inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
+                      int64_t group, int32_t* dots, int64_t stride) {
+    alignas(64) uint8_t copy[kCodeTokens * 512];
+    if (tokens < kCodeTokens || half != half_padded) {  // reading whole pieces could leave the array
+        std::memset(copy, 0, static_cast<size_t>(kCodeTokens * half_padded));
+        for (int64_t i = 0; i < tokens; ++i)
+            std::memcpy(copy + i * half_padded, codes + i * half, static_cast<size_t>(half));
+        codes = copy;
+    }
+    const int64_t pieces = half_padded / kCodeBytes;
+    if (pieces == 2) return dot_all_heads<2>(codes, pieces, query, group, dots, stride);
+    if (pieces == 4) return dot_all_heads<4>(codes, pieces, query, group, dots, stride);
+    dot_all_heads<0>(codes, pieces, query, group, dots, stride);
 }
 
 #elif defined(__AVX2__)
