@@ -19,7 +19,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     Shared& s = *(Shared*)memory;
     const int pid = blockIdx.x, row = pid / num_kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int r = lane / 4, t = lane % 4;    // row of a tile, and quarter of a key; for the query: column, and quarter of a half
-    const int half = r % 2;                  // of the head dimension, of head r / 2, this lane scales
     const int stride = gridDim.y * WARPS;
     const i64 base = (i64)pid * capacity;
     int b = blockIdx.y * WARPS + warp;
@@ -81,10 +80,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     for (int i = threadIdx.x; i < G * BINS; i += THREADS) s.bins[0][i] = 0;
     __syncthreads();
     awaited();                             // where the grid lies, and clear histograms
-    const float step_share = STEPS / SPAN, k = scale * step_share;
+    const Slack slack = {scale, slack_scaled, slack_centered, slack_fixed, inflation};
     float below[PLANES], kept[PLANES], lowest[PLANES], floors[PLANES], lifted[PLANES];
     int whole_floors[PLANES];
-    const bool odd = half;
 #pragma unroll
     for (int n = 0; n < PLANES; ++n) {
         below[n] = kept[n] = 0.0f;
@@ -102,119 +100,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         arrived<AHEAD / 2 - 1>();
         __syncwarp();
         const u8* const frame = s.frames[warp][slot];
-        {   // Take the frame apart.
-            const u32* const packed = (const u32*)(frame + 2 * W * lane);
-            const float* const scale_of = s.table + widest_code;
-            float4* const to = (float4*)&s.apart[warp][lane / 4][W * (lane % 4)];
-#pragma unroll
-            for (int i = 0; i < W / 2; ++i) {
-                const u32 word = packed[i], centers = (word & 0xffc0ffc0u) ^ 0x80008000u;
-                to[i] = make_float4(
-                    scale_of[-(int)(word & 63)], __uint_as_float(__byte_perm(centers, 0x4b000000u, 0x7410)) - CENTER_ZERO,
-                    scale_of[-(int)(word >> 16 & 63)], __uint_as_float(__byte_perm(centers, 0x4b000000u, 0x7432)) - CENTER_ZERO);
-            }
-        }
+        take_apart(s, frame, warp, lane, widest_code);
         if (more) {
             fetch_frame(next, slot ^ 1);  // joins the group of the next tile asked for
             widest_code = scale_codes[base + next];
         }
         __syncwarp();
 
-        // Scale the query by the frame, and round it.
-        u32 p[PLANES][2][W];
-        float offset[PLANES], step[PLANES], factor[PLANES][S], drop[PLANES], base_width[PLANES][2];
-        bool fits = true;
-#pragma unroll
-        for (int n = 0; n < PLANES; ++n) {
-            float part[CHANNELS], bias = 0.0f, centered = 0.0f, square = 0.0f, widest = 0.0f;
-            const float4* const channel = (const float4*)s.apart[warp][4 * half + t];
-#pragma unroll
-            for (int c = 0; c < CHANNELS; c += 2) {
-                const float4 two = channel[c / 2];
-#pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const float2 x = s.query[n][c + j][lane];
-                    const float sigma = j ? two.z : two.x, y = x.x * sigma, z = y * (j ? two.w : two.y);
-                    part[c + j] = y;
-                    widest = fmaxf(widest, fabsf(y));
-                    bias += z;
-                    centered += fabsf(z);
-                    square += FRAME == 1 ? x.y * sigma : x.y;
-                }
-            }
-            bias *= 0x1p-7f;
-            centered *= 0x1p-7f;
-#pragma unroll
-            for (int m = 1; m <= 4; m *= 2) {
-                widest = fmaxf(widest, __shfl_xor_sync(FULL, widest, m));
-                bias += __shfl_xor_sync(FULL, bias, m);
-                centered += __shfl_xor_sync(FULL, centered, m);
-                if (m == 1 || (m == 2 && S < 4)) square += __shfl_xor_sync(FULL, square, m);
-            }
-            const float size = fmaxf(widest, 1e-30f), inverse = __fdividef(QUANTA, size);
-#pragma unroll
-            for (int w = 0; w < W; ++w) {
-                u32 whole[4];
-#pragma unroll
-                for (int j = 0; j < 4; ++j) whole[j] = __float_as_uint(fmaf(part[4 * w + j], inverse, WHOLE + 128.0f));
-                const u32 x = __byte_perm(whole[0], whole[1], 0x5410), y = __byte_perm(whole[2], whole[3], 0x5410);
-                const u32 fine = __byte_perm(x, y, 0x6420) ^ 0x80808080u, coarse = __byte_perm(x, y, 0x7531);
-                const u32 other = __shfl_xor_sync(FULL, odd ? coarse : fine, 4);  // the partner scaled the other half
-                p[n][0][w] = odd ? other : coarse;
-                p[n][1][w] = odd ? fine : other;
-            }
-            float squares[S];
-            if (S == 1) squares[0] = square + __shfl_xor_sync(FULL, square, 4);
-            if (S == 2) {
-                const float other = __shfl_xor_sync(FULL, square, 4);
-                squares[0] = odd ? other : square;
-                squares[S - 1] = odd ? square : other;
-            }
-            if (S == 4) {
-#pragma unroll
-                for (int j = 0; j < S; ++j) squares[j] = __shfl_sync(FULL, square, (lane & ~7) | (4 * (j / 2)) | (2 * (j % 2)));
-            }
-            const float* const leasts = (const float*)(frame + 2 * D + RADII);
-            const float slack = slack_scaled * size + slack_centered * centered + slack_fixed;
-            const float allowed = (fabsf(lowest[n]) + scale * (centered + 8.0f * D * size)) * 0x1p-19f;  // rounding of what follows, nats
-            float mine_offset = bias * k + (slack * scale - lowest[n] + allowed) * step_share + 1.0f / SPAN;
-            float mine_factor[S], mine_least = 0.0f, reached = slack * scale + 2.0f * allowed;
-            const float doubt = reached * step_share;
-            const bool writes = t == 0 && !odd && 4 * n + r / 2 < G;
-            float* out = reach + block * (S + 2) * G + 4 * n + r / 2;
-            float most = 0.0f;
-#pragma unroll
-            for (int j = 0; j < S; ++j) {
-                const float norm = root(squares[j]) * inflation * scale;
-                mine_factor[j] = norm * leasts[S + j];
-                mine_least = fmaf(norm, leasts[j], mine_least);
-                most += mine_factor[j];
-                if (writes) out[j * G] = mine_factor[j];
-            }
-            reached += mine_least;
-            most = fmaf(most, 14.0f, reached);
-            fits = fits && size < 1e30f && fabsf(mine_offset) < 1e30f && most < 1e27f;
-            if (writes) out[S * G] = reached;
-            if (writes) out[(S + 1) * G] = most;
-            const int holder = 8 * t;        // a lane that scaled the head whose results this lane holds
-            step[n] = __shfl_sync(FULL, size * (0.0625f / QUANTA) * k, holder);    // of sixteenths, as codes are summed
-            drop[n] = fmaf(2.0f, __shfl_sync(FULL, doubt, holder), (3.0f + floors[n] + BIN_CODES / 2) * (1.0f / SPAN));
-            base_width[n][0] = base_width[n][1] = __shfl_sync(FULL, mine_least * (step_share * (1.0f + 0x1p-18f)), holder);
-#pragma unroll
-            for (int j = 0; j < S; ++j) {
-                factor[n][j] = __shfl_sync(FULL, mine_factor[j] * (step_share * (1.0f + 0x1p-18f)), holder);
-                base_width[n][0] -= (LOW_ZERO - 0x1p-6f) * factor[n][j];    // 2^-6: what rounding of sums with LOW_ZERO costs, and more
-                base_width[n][1] -= (HIGH_ZERO - 0x1p-6f) * factor[n][j];
-            }
-            // 8 sum(p), in whole numbers: every row of the result is the same.
-            int zero[4] = {};
-#pragma unroll
-            for (int w = 0; w < W; w += 2)
-#pragma unroll
-                for (int h = 0; h < 2; ++h)
-                    product(zero, 0x08080808u, 0x08080808u, 0x08080808u, 0x08080808u, p[n][h][w], p[n][h][w + 1]);
-            offset[n] = fmaf((float)(zero[0] * 256 + zero[1]), -16.0f * step[n], __shfl_sync(FULL, mine_offset, holder));
-        }
+        Asked asked;
+        const bool fits = scale_query(s, frame, warp, lane, lowest, floors, slack, reach + block * (S + 2) * G, asked);
         const bool usable = __all_sync(FULL, fits);
         const int first = max(sinks - b * L, 0), span = usable ? max(length - recent - b * L - first, 0) : 0;
         u32 boundless = 0;
@@ -257,8 +151,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
             for (int w = 0; w < W; w += 2)
 #pragma unroll
                 for (int n = 0; n < PLANES; ++n) {
-                    product(lo[second][n], a[w] & 0x0f0f0f0fu, c[w] & 0x0f0f0f0fu, a[w + 1] & 0x0f0f0f0fu, c[w + 1] & 0x0f0f0f0fu, p[n][0][w], p[n][0][w + 1]);
-                    product(hi[second][n], a[w] & 0xf0f0f0f0u, c[w] & 0xf0f0f0f0u, a[w + 1] & 0xf0f0f0f0u, c[w + 1] & 0xf0f0f0f0u, p[n][1][w], p[n][1][w + 1]);
+                    product(lo[second][n], a[w] & 0x0f0f0f0fu, c[w] & 0x0f0f0f0fu, a[w + 1] & 0x0f0f0f0fu, c[w + 1] & 0x0f0f0f0fu, asked.p[n][0][w], asked.p[n][0][w + 1]);
+                    product(hi[second][n], a[w] & 0xf0f0f0f0u, c[w] & 0xf0f0f0f0u, a[w + 1] & 0xf0f0f0f0u, c[w + 1] & 0xf0f0f0f0u, asked.p[n][1][w], asked.p[n][1][w + 1]);
                 }
           }
           // What was in the queue has been read: ask for the pair AHEAD / 2 of this one.
@@ -278,12 +172,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                 const int* const low_sums = lo[second][n] + 2 * j;
                 const int* const high_sums = hi[second][n] + 2 * j;
                 const int high = low_sums[0] * 16 + high_sums[0], fine = low_sums[1] * 16 + high_sums[1];
-                width[n][i] = base_width[n][second];
+                width[n][i] = asked.base_width[n][second];
 #pragma unroll
                 for (int m = 0; m < S; ++m)                // a code's byte in these bits: the code, and the zero of its half
-                    width[n][i] = fmaf(__uint_as_float(__byte_perm(packed, second ? 0x45000000u : 0x47000000u, 0x7404 | m << 4)), factor[n][m], width[n][i]);
+                    width[n][i] = fmaf(__uint_as_float(__byte_perm(packed, second ? 0x45000000u : 0x47000000u, 0x7404 | m << 4)), asked.factor[n][m], width[n][i]);
                 // The offset holds the step that rounding down may cost.
-                position[n][i] = sum_clamped(fmaf((float)(high * 256 + fine), step[n], offset[n]), width[n][i]);
+                position[n][i] = sum_clamped(fmaf((float)(high * 256 + fine), asked.step[n], asked.offset[n]), width[n][i]);
             }
           }
           if (rare) {
@@ -307,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                 const float at = position[n][i], rounded = fmaf(at, SPAN, WHOLE + SIGNED);
                 if (mine < G) staged[4 * n * STAGED + i % 2 * 8 + i / 2 * (L / 2)] = (u16)__float_as_int(rounded);
                 // From half a bin above the floor: rounded to the nearest, it is the bin or the one below.
-                lower[n][i] = at - fmaf(2.0f, width[n][i], drop[n]);
+                lower[n][i] = at - fmaf(2.0f, width[n][i], asked.drop[n]);
                 const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][i] >= -0.5f * BIN_CODES / SPAN;
                 if (DROP) counts[n][i] = reaches;
                 else {
