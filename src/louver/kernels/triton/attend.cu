@@ -100,8 +100,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, G <= 4 ? 2 : 1) attend(
         }
     };
     ask(begin);
-    const i64 need64 = ((i64)length * share - tolerance + ((1ll << 40) - 1)) >> 40;
-    const int need = need64 > count_wanted ? (int)need64 : count_wanted;
+    const int need = needed(length, share, tolerance, count_wanted);
     if (warp < G) {
         const int best = rank_bin(per_bin, need, top_bins[warp]);
         if (lane == 0) {

@@ -8,10 +8,27 @@ typedef long long i64;
 #define STEPS 1024.0f
 #define BELOW 20.0f
 #define LOG2E 1.4426950408889634f
+// A retrieval (DROP) keeps an upper bound as a byte: LOWEST says that it lies at most at the code where its head's levels begin, each level
+// above allows LEVEL codes more, TOP says nothing, ALWAYS that the key is exact in any case. A level times LEVEL_BITS are the bits of a
+// float16 that holds its weight (list.cu). A lower bound is counted in the level that an upper bound just above it has.
+#define LEVEL_BITS 96                                     // 1024ths of an octave
+#define LEVEL (LEVEL_BITS * 0.69314718f)                  // codes: 0.065 nats
+#define LOWEST 11                                         // the first level whose bits are no subnormal's
+#define TOP 254
+#define SUNK 62                                           // levels, 4 nats, for the mass of keys below those that may be a cut's
+#define COUNTED (LOWEST + 1 + (FIXED ? 0 : SUNK))         // the first level that lower bounds are counted in
+#if DROP
+#define BINS 256                                          // of levels
+#define BIN_CODES LEVEL
+#define ALWAYS 255
+typedef u8 Code;
+#else
 #define BINS 1024                                         // 32 nats
-#define PER (BINS / 32)                                   // bins a lane reads off when the cuts are made
 #define BIN_CODES 32
 #define ALWAYS 65535
+typedef u16 Code;
+#endif
+#define PER (BINS / 32)                                   // bins a lane reads off when the cuts are made
 #define FULL 0xffffffffu
 #define SIGNED 32768
 #define DECIDED (1 << 30)
@@ -103,6 +120,11 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* to, const 
 }
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+// Keys that a rule's rank asks for; share and tolerance in 2^-40.
+__device__ __forceinline__ int needed(int length, i64 share, i64 tolerance, int count) {
+    const i64 need = ((i64)length * share - tolerance + ((1ll << 40) - 1)) >> 40;
+    return need > count ? (int)need : count;
+}
 #ifdef Q
 __device__ __forceinline__ float query_at(const void* q, i64 i) {
 #if Q == 0

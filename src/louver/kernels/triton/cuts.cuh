@@ -1,9 +1,5 @@
-// From a query head's histogram to its cuts, by one warp; the twin of the last program of resolve_kernel. Macros: G, DROP, FIXED, KEEP_BEST.
-struct Rule {                           // louver.protocols.CutRule, with the share in 2^-40
-    i64 share, tolerance;
-    int count;
-    float fixed_tau, unread_mass;
-};
+// Nothing dropped: from a query head's histogram of upper bounds to its cuts, by one warp; the twin of the last program of resolve_kernel.
+// Macros: G, UNREAD (values of little mass go unread).
 
 __device__ __forceinline__ int padded(int bin) { return bin + bin / 32; }  // a word more after every 32: no two lanes in a bank
 
@@ -28,28 +24,24 @@ template <int THREADS> __device__ __forceinline__ void pad_bins(const int4 (&som
 
 // Of bins from base_code upwards, and what was found below them; cuts[0] = code from which a key is exact, cuts[1] = and read.
 __device__ __forceinline__ void make_cuts(
-    const int* mine_bins, int base_code, float origin, float mass_below, float mass_kept, int length, float scale, const Rule& rule,
+    const int* mine_bins, int base_code, float origin, float mass_below, float mass_kept, int need, float scale, float unread_mass,
     int* cuts, float* tau) {
     const int lane = threadIdx.x % 32;
-    i64 need64 = ((i64)length * rule.share - rule.tolerance + ((1ll << 40) - 1)) >> 40;
-    const int need = need64 > rule.count ? (int)need64 : rule.count;
-    int own = 0, top = -1;
+    int own = 0;
     float mass = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < PER; ++i) {
         const int bin = lane * PER + i, n = mine_bins[padded(bin)];
         own += n;
-        if (n) top = bin;
-        if (!DROP) mass += n * exp2_fast((base_code + (bin + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
+        if (UNREAD) mass += n * exp2_fast((base_code + (bin + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
     }
     // The top bin also holds what lies above it, so its mass bound is that of the grid's end.
-    if (!DROP && lane == 31) {
+    if (UNREAD && lane == 31) {
         int n = mine_bins[padded(BINS - 1)];
         if (n) mass += n * exp2_fast(ALWAYS * (LOG2E / STEPS) - BELOW * LOG2E);
     }
     int from = own;  // keys in this lane's bins and above
     for (int m = 1; m < 32; m *= 2) { int x = __shfl_down_sync(FULL, from, m); if (lane + m < 32) from += x; }
-    for (int m = 16; m; m /= 2) top = max(top, __shfl_xor_sync(FULL, top, m));
     u32 enough = __ballot_sync(FULL, from >= need);
     int cut = 0;
     if (enough) {
@@ -60,26 +52,15 @@ __device__ __forceinline__ void make_cuts(
         cut = base_code + (at * PER + 31 - __clz(__ballot_sync(FULL, lane < PER && n >= rest))) * BIN_CODES;
     }
     float bound = (origin + cut / STEPS) / scale;
-    int unread = cut;
-    if (DROP) {
-        bound = cut == 0 ? -INFINITE : bound - fabsf(bound) * 0x1p-20f;
-        if (FIXED) {
-            float position = (rule.fixed_tau * scale - origin) * STEPS - (fabsf(rule.fixed_tau * scale) + fabsf(origin)) * (0x1p-21f * STEPS);
-            cut = (int)fminf(fmaxf(floorf(position), 0.0f), 65535.0f);
-            bound = rule.fixed_tau;
-            int best = top < 0 ? 0 : base_code + top * BIN_CODES;
-            if (KEEP_BEST && best < cut) { cut = best; bound = best == 0 ? -INFINITE : (origin + best / STEPS) / scale; bound -= fabsf(bound) * 0x1p-20f; }
-        }
-        unread = cut;
-    } else {
-        bound = cut == 0 ? -INFINITE : bound + fabsf(bound) * 0x1p-20f;
-        const float limit = rule.unread_mass * mass_kept * 0.998f;
+    bound = cut == 0 ? -INFINITE : bound + fabsf(bound) * 0x1p-20f;
+    int unread = 0;
+    if (UNREAD) {
+        const float limit = unread_mass * mass_kept * 0.998f;
         float under = mass_below * 1.001f;  // and of the bins below, before this lane's
         float before = mass;
         for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, before, m); if (lane >= m) before += x; }
         before = under + (before - mass);
         u32 fine = __ballot_sync(FULL, before <= limit);
-        unread = 0;
         if (fine) {
             int at = 31 - __clz(fine);
             float start = __shfl_sync(FULL, before, at);
@@ -90,8 +71,8 @@ __device__ __forceinline__ void make_cuts(
             u32 ok = __ballot_sync(FULL, lane < PER && (start + sum - each) * 1.001f <= limit);
             if (ok) unread = base_code + (at * PER + 31 - __clz(ok)) * BIN_CODES;
         }
-        unread = min(unread, cut);
     }
+    unread = min(unread, cut);
     if (lane == 0) {
         cuts[0] = cut;
         cuts[1] = unread;

@@ -20,9 +20,10 @@ from louver.sketch.layout import Sketch
 
 SLICES = {64: 1, 128: 2, 256: 4}  # head dimension -> radii per key
 CTAS_PER_MULTIPROCESSOR = 2
-LIST_CTAS_PER_MULTIPROCESSOR = 4
+LIST_CTAS_PER_MULTIPROCESSOR = 8
 SCORE_CTAS_PER_MULTIPROCESSOR = 3
 NUM_BINS = 1024  # of the histogram kept per query head (BINS in common.cuh)
+NUM_LEVELS = 256  # the same of a retrieval
 WARM_ELEMENTS = 1 << 28  # of keys, up to which list.cu and score.cu ask for what comes next: beyond, it costs more
 METRICS = {"identity": 2, "frame": 1, "diagonal": 0}
 QUERIES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -64,10 +65,6 @@ def _choice(plan: Plan) -> tuple[c_longlong, c_longlong, c_int]:
     return c_longlong(share), c_longlong(tolerance), c_int(need)
 
 
-def _rule(plan: Plan) -> tuple[c_longlong | c_int | c_float, ...]:
-    return *_choice(plan), c_float(plan.choice[3]), c_float(plan.choice[4])
-
-
 def _scan_warps(plan: Plan, ctas: int) -> int:
     """Warps of a CTA of scan.cu: more where one block each then does for a KV head."""
     if plan.group > 4:
@@ -85,9 +82,10 @@ def _tiers_warps(plan: Plan, ctas: int) -> int:
 def _scan_memory(plan: Plan, warps: int, ahead: int) -> int:
     """Bytes of shared memory of a CTA of scan.cu (struct Shared)."""
     dims, group, length, slices = plan.sketch.dims, plan.group, plan.sketch.config.frame_len, plan.sketch.num_slices
-    fixed = 1024 + -(-group // 4) * dims * 32 + group * 4 * NUM_BINS
+    fixed = 1024 + -(-group // 4) * dims * 32 + group * 4 * (NUM_LEVELS if plan.rule.drop else NUM_BINS)
+    staged = group * (length + 16 if plan.rule.drop else 2 * length + 16)
     frames = 2 * (2 * dims + length // 2 * slices + 32) + 8 * dims + 128
-    return fixed + warps * (group * (length + 8) * 2 + frames + ahead * 8 * dims)
+    return fixed + warps * (staged + frames + ahead * 8 * dims)
 
 
 @lru_cache(maxsize=8)
@@ -114,13 +112,16 @@ def prepare(plan: Plan, x: Tensor, floor: tuple[float, float], ranked: bool) -> 
         128,
         [
             x, sketch.key_frame, sketch.key_scale, sketch.num_blocks, w.low, w.floor, w.query, w.hist, w.rank_hist, w.counters, w.masses, w.below,
-            *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, *floor)),
+            *map(c_int, (plan.num_kv_heads, sketch.capacity)), *map(c_float, (plan.scale, *floor, plan.choice[3])),
         ],
     )  # fmt: skip
 
 
-def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
-    """Leave upper bounds and reach of every closed key, and histograms of the bounds, in the workspace."""
+def scan(plan: Plan, x: Tensor, sinks: int, recent: int, masses: bool) -> None:
+    """Leave upper bounds and reach of every closed key, and histograms of the bounds, in the workspace.
+
+    ``masses``: and, where nothing is dropped, what keys weigh below and above where bounds are counted.
+    """
     w, sketch = plan.workspace, plan.sketch
     most = max(1, NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // plan.rows)
     warps = _scan_warps(plan, most)
@@ -133,6 +134,7 @@ def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
     runtime.launch(
         _kernel(
             "scan.cu", "scan", plan, "scan.cuh", FRAME=METRICS[sketch.config.metric], Q=QUERIES[x.dtype], WARPS=warps, AHEAD=ahead,
+            MASSES=int(masses),
         ),
         (plan.rows, splits),
         warps * 32,
@@ -168,22 +170,18 @@ def _warm(plan: Plan) -> int:
 def list_keys(plan: Plan, keep_best: bool) -> None:
     """Make this step's cuts, and list what reaches them."""
     w, sketch = plan.workspace, plan.sketch
-    per_step = 512 // sketch.config.frame_len
-    steps = -(-sketch.capacity // per_step)
-    wanted = LIST_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS
-    chunk = next((c for c in (1, 2) if steps * plan.rows <= wanted * c), 4)
-    turns = max(1, min(4, -(-steps * plan.rows // (wanted * chunk))))
-    splits = max(1, -(-steps // (chunk * turns)))
+    steps = -(-sketch.capacity * sketch.config.frame_len // 2048)
+    turns = max(1, min(4, steps * plan.rows // (LIST_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS)))
+    splits = max(1, -(-steps // turns))
     runtime.launch(
         _kernel(
-            "list.cu", "list_keys", plan, "cuts.cuh", "cache.cuh", CHUNK=chunk, TURNS=turns, KEEP_BEST=int(keep_best),
-            WARM=_warm(plan), **_cache(plan),
+            "list.cu", "list_keys", plan, "cache.cuh", TURNS=turns, KEEP_BEST=int(keep_best), WARM=_warm(plan), **_cache(plan),
         ),
         (plan.rows, splits),
-        256,
+        128,
         [
             w.upper, sketch.value_spread, *plan.place, w.hist, w.floor, w.low, w.cuts, w.tau, w.listed, w.counters, w.below,
-            *_exact_cache(plan), *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale), *_rule(plan),
+            *_exact_cache(plan), *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale), *_choice(plan), c_float(plan.choice[3]),
         ],
         early=True,
     )  # fmt: skip
@@ -205,14 +203,14 @@ def tiers(plan: Plan, splits: int) -> None:
     warps = _tiers_warps(plan, splits)
     ahead = _deepest(plan, (4,), _tiers_memory, warps)
     runtime.launch(
-        _kernel("tiers.cu", "tiers", plan, "cuts.cuh", WARPS=warps, AHEAD=ahead, KEEP_BEST=0),
+        _kernel("tiers.cu", "tiers", plan, "cuts.cuh", WARPS=warps, AHEAD=ahead, UNREAD=int(plan.rule.unread_mass > 0)),
         (plan.rows, splits),
         warps * 32,
         [
             w.upper, w.reach, sketch.key_radius, frames.codes, frames.frame, frames.scale, frames.error,
             sketch.value_spread, plan.scales, sketch.num_blocks, w.low, w.hist, w.floor, w.masses, *plan.place[1:], w.cuts, w.tau, w.listed,
             w.counters, w.tier_out, w.tier_sums, *map(c_int, (plan.num_kv_heads, sketch.capacity, plan.room)), c_float(plan.scale),
-            *_rule(plan),
+            *_choice(plan), c_float(plan.choice[4]),
         ],
         shared_bytes=_tiers_memory(plan, warps, ahead),
         early=True,

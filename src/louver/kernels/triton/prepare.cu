@@ -1,7 +1,8 @@
 // The start of a step, a CTA per query head: place its grid, and clear what the other kernels count into; the twin of prepare_kernel.
 // floor_code: the code `spare` nats under the floor_share-th share of the sampled centers from the top; bounds below are not counted;
 // 0 = count all.
-// Macros: D, G, RANKS, Q (type of the query: 0 float32, 1 float16, 2 bfloat16).
+// Of a retrieval the levels begin SUNK levels below; of one with a fixed tau, below that and the best center.
+// Macros: D, G, DROP, FIXED, RANKS, Q (type of the query: 0 float32, 1 float16, 2 bfloat16).
 #define THREADS 128
 #define SAMPLE 32                       // blocks whose centers place the grid
 #define EACH (SAMPLE * 32 / THREADS)    // of them a warp reads
@@ -10,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     const void* __restrict__ q, const u16* __restrict__ channels, const u8* __restrict__ scale_codes, const int* __restrict__ num_blocks, float* __restrict__ low,
     int* __restrict__ floor_code, float* __restrict__ query, int* __restrict__ hist, int* __restrict__ rank_hist,
     int* __restrict__ counters, float* __restrict__ masses, float* __restrict__ below,
-    int num_kv_heads, int capacity, float scale, float floor_share, float spare) {
+    int num_kv_heads, int capacity, float scale, float floor_share, float spare, float fixed_tau) {
     __shared__ float logits[SAMPLE];
     const int id = blockIdx.x, pid = id / G, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int blocks = num_blocks[pid / num_kv_heads], taken = min(blocks, SAMPLE);
@@ -50,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     if (lane % (32 / EACH) == 0) logits[warp * EACH + lane / (32 / EACH)] = sum * scale;
     int4* counted = (int4*)(hist + id * BINS);
 #pragma unroll
-    for (int i = 0; i < BINS / 4; i += THREADS) counted[i + threadIdx.x] = make_int4(0, 0, 0, 0);
+    for (int i = threadIdx.x; i < BINS / 4; i += THREADS) counted[i] = make_int4(0, 0, 0, 0);
     int4* ranks = (int4*)(rank_hist + id * RANK_BINS);
     if (RANKS)
 #pragma unroll
@@ -66,10 +67,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
 #pragma unroll 8
     for (int i = 0; i < SAMPLE; ++i) higher += i < taken && logits[i] > logit;
     float floor = lane < taken && higher >= (int)(taken * floor_share) ? logit : -INFINITE;
+    if (FIXED) floor = lane < taken ? logit : -INFINITE;
     for (int m = 16; m; m /= 2) floor = fmaxf(floor, __shfl_xor_sync(FULL, floor, m));
-    const float place = fminf(fmaxf((floor - mean + BELOW - spare) * STEPS, 0.0f), 60000.0f);
+    if (FIXED) floor = fminf(floor, fixed_tau * scale);
+    float begin = (floor - mean + BELOW - spare) * STEPS;
+    if (DROP) begin -= SUNK * LEVEL + (FIXED ? 2.0f : 0.0f);    // or the level of a fixed tau might be one too few
+    const float place = fminf(fmaxf(begin, 0.0f), 60000.0f);
     if (lane == 0) {
         low[id] = mean - BELOW;
-        floor_code[id] = floor_share > 0.0f && place == place ? (int)place : 0;
+        floor_code[id] = (DROP || floor_share > 0.0f) && place == place ? (int)place : 0;
     }
 }

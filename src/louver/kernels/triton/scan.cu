@@ -7,12 +7,12 @@
 // its own in shared memory, AHEAD tiles deep, by asynchronous copies of exactly the bytes that the lane itself reads: no lane waits for
 // another. Frames and radii are copied one block ahead, and shared by the warp; a lane takes D / 32 channels of a frame apart for all.
 // Tiles of a block's first and second half alternate: their radii share bytes.
-// Macros: D, G, L, S, FRAME, DROP, Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
+// Macros: D, G, L, S, FRAME, DROP, FIXED, MASSES (nothing dropped: also of keys below and above where counting begins), Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     const void* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ channels, const u8* __restrict__ scale_codes,
     const u8* __restrict__ radius, const float* __restrict__ least, const float* __restrict__ unit, const float* __restrict__ scales,
     const float* __restrict__ weight, const int* __restrict__ num_blocks, const int* __restrict__ kv_start,
-    const int* __restrict__ kv_len, const float* low, const int* floor_code, short* __restrict__ upper, float* __restrict__ reach,
+    const int* __restrict__ kv_len, const float* low, const int* floor_code, Code* __restrict__ upper, float* __restrict__ reach,
     int* hist, float* masses, int num_kv_heads, int capacity, int sinks, int recent, float scale, float slack_scaled,
     float slack_centered, float slack_fixed, float inflation) {
     extern __shared__ __align__(16) u8 memory[];
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     __syncthreads();
     awaited();                             // where the grid lies, and clear histograms
     const Slack slack = {scale, slack_scaled, slack_centered, slack_fixed, inflation};
-    float below[PLANES], kept[PLANES], lowest[PLANES], floors[PLANES], lifted[PLANES];
+    float below[PLANES], kept[PLANES], lowest[PLANES], floors[PLANES], lifted[PLANES], levels_from[PLANES];
     int whole_floors[PLANES];
 #pragma unroll
     for (int n = 0; n < PLANES; ++n) {
@@ -91,6 +91,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         whole_floors[n] = mine < G ? floor_code[pid * G + mine] : 0;
         floors[n] = (float)whole_floors[n];
         lifted[n] = (floors[n] + 0.5f * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E;
+        levels_from[n] = (0.5f - floors[n] / LEVEL) / LEVELS;   // half a level: to the nearest is upwards
     }
     int slot = 0;
     for (; b < blocks; b += stride, slot ^= 1, here += hop) {
@@ -122,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
         const u8* ahead = here + (AHEAD == TILES ? hop : AHEAD / 2 * TILE_BYTES);    // of the tile to ask for next
         const u8* radii = frame + 2 * D + r * S;
         u8* own = queue;
-        u16* staged = s.staged[warp][0] + t * STAGED + r;
+        Code* staged = s.staged[warp][0] + t * STAGED + r;
         int from_first = r - first;
 #pragma unroll 1
         for (int pair = 0; pair < TILES / 2; ++pair, ahead += TILE_BYTES, radii += 16 * S, staged += 16, from_first += 16) {
@@ -198,13 +199,17 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
 #pragma unroll
             for (int n = 0; n < PLANES; ++n) {
                 const int mine = 4 * n + t;
-                const float at = position[n][i], rounded = fmaf(at, SPAN, WHOLE + SIGNED);
-                if (mine < G) staged[4 * n * STAGED + i % 2 * 8 + i / 2 * (L / 2)] = (u16)__float_as_int(rounded);
+                const float at = position[n][i];
+                const float rounded = DROP ? fmaf(__saturatef(fmaf(at, SPAN / (LEVEL * LEVELS), levels_from[n])), LEVELS, WHOLE + LOWEST) : fmaf(at, SPAN, WHOLE + SIGNED);
+                if (mine < G) staged[4 * n * STAGED + i % 2 * 8 + i / 2 * (L / 2)] = (Code)__float_as_int(rounded);
                 // From half a bin above the floor: rounded to the nearest, it is the bin or the one below.
                 lower[n][i] = at - fmaf(2.0f, width[n][i], asked.drop[n]);
-                const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][i] >= -0.5f * BIN_CODES / SPAN;
+                const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][i] >= FIRST_BIN * BIN_CODES / SPAN;
                 if (DROP) counts[n][i] = reaches;
-                else {
+                else if (!MASSES) {
+                    over[n][i] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
+                    counts[n][i] = inside && over[n][i] >= 0;
+                } else {
                     over[n][i] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
                     const float weight_up = exp2_fast(fmaf(at, SPAN * LOG2E / STEPS, -BELOW * LOG2E));
                     const float weight_down = exp2_fast(fmaf(lower[n][i], SPAN * LOG2E / STEPS, lifted[n]));
@@ -214,25 +219,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                 }
                 some = some || counts[n][i];
             }
+          if (DROP && rare)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+#pragma unroll
+                for (int n = 0; n < PLANES; ++n)
+                    if (4 * n + t < G && position[n][i] >= 1.0f) staged[4 * n * STAGED + i % 2 * 8 + i / 2 * (L / 2)] = (Code)ALWAYS;
           if (some)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
 #pragma unroll
                 for (int n = 0; n < PLANES; ++n) {
-                    const int bin = DROP ? __float_as_int(fmaf(lower[n][i], SPAN / BIN_CODES, WHOLE)) - WHOLE_BITS : (int)((u32)over[n][i] / BIN_CODES);
-                    if (counts[n][i]) atomicAdd(&s.bins[4 * n + t][min(bin, BINS - 1)], 1);
+                    const int bin = DROP ? __float_as_int(fmaf(lower[n][i], SPAN / BIN_CODES, WHOLE + LOWEST + 1)) - WHOLE_BITS : (int)((u32)over[n][i] / (u32)BIN_CODES);
+                    if (counts[n][i]) atomicAdd(&s.bins[4 * n + t][min(bin, DROP ? TOP : BINS - 1)], 1);
                 }
           own += 2 * TILE_BYTES;
           if (AHEAD < TILES && own == queue + AHEAD * TILE_BYTES) own = queue;
         }
         __syncwarp();
         uint4* to = (uint4*)(upper + block * G * L);
+        constexpr int PIECE = 16 / sizeof(Code);
 #pragma unroll
-        for (int i = lane; i < G * L / 8; i += 32) to[i] = *(const uint4*)&s.staged[warp][i / (L / 8)][(i % (L / 8)) * 8];
+        for (int i = lane; i < G * L / PIECE; i += 32) to[i] = *(const uint4*)&s.staged[warp][i / (L / PIECE)][i % (L / PIECE) * PIECE];
     }
     arrived<0>();
 
-    if (!DROP) {
+    if (MASSES) {
 #pragma unroll
         for (int n = 0; n < PLANES; ++n) {
             for (int m = 4; m < 32; m *= 2) {

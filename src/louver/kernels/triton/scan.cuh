@@ -14,7 +14,9 @@
 #define SPAN 65535.0f                      // codes of the grid: positions on it are kept from 0 to 1, where clamping is free
 #define LOW_ZERO 32768.0f                  // a byte in the second byte of this float's bits adds its value,
 #define HIGH_ZERO 2048.0f                  // of this one's a sixteenth: a high nibble its code
-#define STAGED (L + 8)                     // codes of a head, padded against bank conflicts
+#define STAGED (L + 16 / (int)sizeof(Code))    // codes of a head, padded against bank conflicts
+#define LEVELS (TOP - LOWEST)
+#define FIRST_BIN (DROP ? COUNTED - LOWEST - 1.5f : -0.5f)   // half a bin below what is counted, in bins from where they begin
 
 __device__ __forceinline__ void product(int c[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -30,7 +32,7 @@ struct Shared {
     float table[256];
     float2 query[PLANES][CHANNELS][32];    // q, and q^2 times the metric's weight, as lanes read them
     int bins[G][BINS];
-    u16 staged[WARPS][G][STAGED];
+    Code staged[WARPS][G][STAGED];
     float2 apart[WARPS][8][QUARTER];       // scale, and center in 128ths of it, by lane's quarter
     u8 frames[WARPS][2][FRAME_BYTES];
     u8 codes[WARPS][AHEAD][TILE_BYTES];

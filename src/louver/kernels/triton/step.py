@@ -128,7 +128,7 @@ def step(
     if native_scan:
         floor = _floor(rule, max(1, rule.count) / max(1, longest))
         native.prepare(plan, x, floor, ranked)
-        native.scan(plan, x, sinks, recent)
+        native.scan(plan, x, sinks, recent, masses=rule.unread_mass > 0)
     else:
         scan(plan, x, sinks, recent, keep_best, scans, ranked)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT
@@ -162,10 +162,8 @@ def step(
 def _floor(rule: CutRule, share: float) -> tuple[float, float]:
     """The share of the centers above which bounds are counted, and nats below it: under what a rule asks for, or every key is listed."""
     share = max(rule.share, share)
-    if rule.tau is not None or share > 0.3:
-        return 0.0, 0.0
     if not rule.drop:
-        return (0.5 if share <= 0.05 else 0.9), 0.0
+        return (0.0 if share > 0.3 else 0.5 if share <= 0.05 else 0.9), 0.0
     if share <= 0.012:
         return 0.25, 0.0
     return (

@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     const int* hist, const int* floor_code, const float* masses, const int* __restrict__ kv_start, const int* __restrict__ kv_len,
     int* __restrict__ cuts, float* __restrict__ tau, int* __restrict__ listed, int* counters, float* __restrict__ part_out,
     float* __restrict__ part_sums, int num_kv_heads, int capacity, int room, float scale, i64 share, i64 tolerance, int count,
-    float fixed_tau, float unread_mass) {
+    float unread_mass) {
     extern __shared__ __align__(16) u8 memory[];
     Shared& s = *(Shared*)memory;
     const int pid = blockIdx.x, row = pid / num_kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -88,8 +88,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) tiers(
     __syncthreads();
     for (int g = warp; g < G; g += WARPS) {
         const int id = pid * G + g;
-        const Rule rule = {share, tolerance, count, fixed_tau, unread_mass};
-        make_cuts(s.bins[g], floor_code[id], low[id], masses[id * 2], masses[id * 2 + 1], length, scale, rule, s.cuts[g], s.taus + g);
+        make_cuts(s.bins[g], floor_code[id], low[id], masses[id * 2], masses[id * 2 + 1], needed(length, share, tolerance, count), scale,
+                  unread_mass, s.cuts[g], s.taus + g);
         if (blockIdx.y == 0 && lane == 0) cuts[id * 2] = s.cuts[g][0], cuts[id * 2 + 1] = s.cuts[g][1], tau[id] = s.taus[g];
     }
     __syncthreads();
