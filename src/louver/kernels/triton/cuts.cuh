@@ -1,5 +1,5 @@
 // Nothing dropped: from a query head's histogram of upper bounds to its cuts, by one warp; the twin of the last program of resolve_kernel.
-// Macros: G, UNREAD (values of little mass go unread).
+// Macros: G.
 
 __device__ __forceinline__ int padded(int bin) { return bin + bin / 32; }  // a word more after every 32: no two lanes in a bank
 
@@ -33,10 +33,10 @@ __device__ __forceinline__ void make_cuts(
     for (int i = 0; i < PER; ++i) {
         const int bin = lane * PER + i, n = mine_bins[padded(bin)];
         own += n;
-        if (UNREAD) mass += n * exp2_fast((base_code + (bin + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
+        mass += n * exp2_fast((base_code + (bin + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
     }
     // The top bin also holds what lies above it, so its mass bound is that of the grid's end.
-    if (UNREAD && lane == 31) {
+    if (lane == 31) {
         int n = mine_bins[padded(BINS - 1)];
         if (n) mass += n * exp2_fast(ALWAYS * (LOG2E / STEPS) - BELOW * LOG2E);
     }
@@ -54,23 +54,21 @@ __device__ __forceinline__ void make_cuts(
     float bound = (origin + cut / STEPS) / scale;
     bound = cut == 0 ? -INFINITE : bound + fabsf(bound) * 0x1p-20f;
     int unread = 0;
-    if (UNREAD) {
-        const float limit = unread_mass * mass_kept * 0.998f;
-        float under = mass_below * 1.001f;  // and of the bins below, before this lane's
-        float before = mass;
-        for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, before, m); if (lane >= m) before += x; }
-        before = under + (before - mass);
-        u32 fine = __ballot_sync(FULL, before <= limit);
-        if (fine) {
-            int at = 31 - __clz(fine);
-            float start = __shfl_sync(FULL, before, at);
-            int n = lane < PER ? mine_bins[padded(at * PER + lane)] : 0;
-            float each = n * exp2_fast((base_code + (at * PER + lane + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
-            float sum = each;
-            for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, sum, m); if (lane >= m) sum += x; }
-            u32 ok = __ballot_sync(FULL, lane < PER && (start + sum - each) * 1.001f <= limit);
-            if (ok) unread = base_code + (at * PER + 31 - __clz(ok)) * BIN_CODES;
-        }
+    const float limit = unread_mass * mass_kept * 0.998f;
+    float under = mass_below * 1.001f;  // and of the bins below, before this lane's
+    float before = mass;
+    for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, before, m); if (lane >= m) before += x; }
+    before = under + (before - mass);
+    u32 fine = __ballot_sync(FULL, before <= limit);
+    if (fine) {
+        int at = 31 - __clz(fine);
+        float start = __shfl_sync(FULL, before, at);
+        int n = lane < PER ? mine_bins[padded(at * PER + lane)] : 0;
+        float each = n * exp2_fast((base_code + (at * PER + lane + 1) * BIN_CODES) * (LOG2E / STEPS) - BELOW * LOG2E);
+        float sum = each;
+        for (int m = 1; m < 32; m *= 2) { float x = __shfl_up_sync(FULL, sum, m); if (lane >= m) sum += x; }
+        u32 ok = __ballot_sync(FULL, lane < PER && (start + sum - each) * 1.001f <= limit);
+        if (ok) unread = base_code + (at * PER + 31 - __clz(ok)) * BIN_CODES;
     }
     unread = min(unread, cut);
     if (lane == 0) {

@@ -91,7 +91,7 @@ def attend_in_looks(
     x = q.contiguous() if q.dtype == keys.dtype else q.float().contiguous()
     if native_scan:
         native.prepare(plan, x, FLOOR, True)
-        native.scan(plan, x, sinks, recent, masses=True)
+        native.scan(plan, x, sinks, recent)
     else:
         step.scan(plan, x, sinks, recent, False, scans, False)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT

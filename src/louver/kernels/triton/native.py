@@ -117,11 +117,8 @@ def prepare(plan: Plan, x: Tensor, floor: tuple[float, float], ranked: bool) -> 
     )  # fmt: skip
 
 
-def scan(plan: Plan, x: Tensor, sinks: int, recent: int, masses: bool) -> None:
-    """Leave upper bounds and reach of every closed key, and histograms of the bounds, in the workspace.
-
-    ``masses``: and, where nothing is dropped, what keys weigh below and above where bounds are counted.
-    """
+def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
+    """Leave upper bounds and reach of every closed key, and histograms of the bounds, in the workspace."""
     w, sketch = plan.workspace, plan.sketch
     most = max(1, NUM_MULTIPROCESSORS * CTAS_PER_MULTIPROCESSOR // plan.rows)
     warps = _scan_warps(plan, most)
@@ -134,7 +131,6 @@ def scan(plan: Plan, x: Tensor, sinks: int, recent: int, masses: bool) -> None:
     runtime.launch(
         _kernel(
             "scan.cu", "scan", plan, "scan.cuh", FRAME=METRICS[sketch.config.metric], Q=QUERIES[x.dtype], WARPS=warps, AHEAD=ahead,
-            MASSES=int(masses),
         ),
         (plan.rows, splits),
         warps * 32,
@@ -171,7 +167,7 @@ def list_keys(plan: Plan, keep_best: bool) -> None:
     """Make this step's cuts, and list what reaches them."""
     w, sketch = plan.workspace, plan.sketch
     steps = -(-sketch.capacity * sketch.config.frame_len // 2048)
-    turns = max(1, min(4, steps * plan.rows // (LIST_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS)))
+    turns = max(1, min(4, -(-steps * plan.rows // (LIST_CTAS_PER_MULTIPROCESSOR * NUM_MULTIPROCESSORS))))
     splits = max(1, -(-steps // turns))
     runtime.launch(
         _kernel(
@@ -203,7 +199,7 @@ def tiers(plan: Plan, splits: int) -> None:
     warps = _tiers_warps(plan, splits)
     ahead = _deepest(plan, (4,), _tiers_memory, warps)
     runtime.launch(
-        _kernel("tiers.cu", "tiers", plan, "cuts.cuh", WARPS=warps, AHEAD=ahead, UNREAD=int(plan.rule.unread_mass > 0)),
+        _kernel("tiers.cu", "tiers", plan, "cuts.cuh", WARPS=warps, AHEAD=ahead),
         (plan.rows, splits),
         warps * 32,
         [

@@ -33,7 +33,7 @@ class Workspace(NamedTuple):
     tau: Tensor
     raised: Tensor  # tau, once a rank was found
     below: Tensor
-    upper: Tensor  # per key and query head: its code
+    upper: Tensor  # per key and query head: its code, or in CUDA, of a retrieval, its level: half of this
     reach: Tensor
     listed: Tensor
     list_scores: Tensor

@@ -7,7 +7,7 @@
 // its own in shared memory, AHEAD tiles deep, by asynchronous copies of exactly the bytes that the lane itself reads: no lane waits for
 // another. Frames and radii are copied one block ahead, and shared by the warp; a lane takes D / 32 channels of a frame apart for all.
 // Tiles of a block's first and second half alternate: their radii share bytes.
-// Macros: D, G, L, S, FRAME, DROP, FIXED, MASSES (nothing dropped: also of keys below and above where counting begins), Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
+// Macros: D, G, L, S, FRAME, DROP, FIXED, Q (type of the query: 0 float32, 1 float16, 2 bfloat16), WARPS, AHEAD.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     const void* __restrict__ q, const u8* __restrict__ codes, const u16* __restrict__ channels, const u8* __restrict__ scale_codes,
     const u8* __restrict__ radius, const float* __restrict__ least, const float* __restrict__ unit, const float* __restrict__ scales,
@@ -206,10 +206,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
                 lower[n][i] = at - fmaf(2.0f, width[n][i], asked.drop[n]);
                 const bool inside = mine < G && at < (SPAN - 0.5f) / SPAN, reaches = inside && lower[n][i] >= FIRST_BIN * BIN_CODES / SPAN;
                 if (DROP) counts[n][i] = reaches;
-                else if (!MASSES) {
-                    over[n][i] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
-                    counts[n][i] = inside && over[n][i] >= 0;
-                } else {
+                else {
                     over[n][i] = __float_as_int(rounded) - (WHOLE_BITS + SIGNED) - whole_floors[n];
                     const float weight_up = exp2_fast(fmaf(at, SPAN * LOG2E / STEPS, -BELOW * LOG2E));
                     const float weight_down = exp2_fast(fmaf(lower[n][i], SPAN * LOG2E / STEPS, lifted[n]));
@@ -244,7 +241,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) scan(
     }
     arrived<0>();
 
-    if (MASSES) {
+    if (!DROP) {
 #pragma unroll
         for (int n = 0; n < PLANES; ++n) {
             for (int m = 4; m < 32; m *= 2) {

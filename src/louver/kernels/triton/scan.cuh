@@ -119,7 +119,7 @@ __device__ __forceinline__ bool scale_query(
         float mine_offset = bias * k + (slack * scale - lowest[n] + allowed) * step_share + 1.0f / SPAN;
         float mine_factor[S], mine_least = 0.0f, reached = slack * scale + 2.0f * allowed;
         const float doubt = reached * step_share;
-        const bool writes = t == 0 && !odd && 4 * n + r / 2 < G;
+        const bool writes = !DROP && t == 0 && !odd && 4 * n + r / 2 < G;    // `reach` is for who weighs keys by it
         float* const out = reach + 4 * n + r / 2;
         float most = 0.0f;
 #pragma unroll

@@ -1,7 +1,7 @@
 """step: one decode step as a fixed sequence of launches, with no wait for the device and no shape that depends on data.
 
     prepare   place the grid, clear the counters                       one program per query head
-    scan      stream the sketched keys, leave 16-bit upper bounds      (kv heads, splits)
+    scan      stream the sketched keys, leave 16-bit upper bounds      (kv heads, splits)     CUDA, drop: a byte each
     resolve   histograms, then the rule's cuts                         (query heads, chunks)
     tiers     list the exact keys, attend the rest through the sketch  (kv heads, splits)     drop: list only
     rank      score the list, find the rank-th best                    (kv heads, splits)     topk and budget only
@@ -128,7 +128,7 @@ def step(
     if native_scan:
         floor = _floor(rule, max(1, rule.count) / max(1, longest))
         native.prepare(plan, x, floor, ranked)
-        native.scan(plan, x, sinks, recent, masses=rule.unread_mass > 0)
+        native.scan(plan, x, sinks, recent)
     else:
         scan(plan, x, sinks, recent, keep_best, scans, ranked)
     unit = UNIT if keys.dtype == torch.float32 else TENSOR_UNIT

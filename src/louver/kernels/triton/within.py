@@ -101,7 +101,7 @@ def attend_within(
 
     if native_scan:
         native.prepare(plan, x, FLOOR, False)
-        native.scan(plan, x, sinks, recent, masses=True)
+        native.scan(plan, x, sinks, recent)
     else:
         scan(plan, x, sinks, recent, False, scans, False)
     attend(again=False)
