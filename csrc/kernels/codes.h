@@ -120,17 +120,18 @@ LOUVER_INLINE void in_order(__m256i& sum) { asm("" : "+x"(sum)); }
 // Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a
 // half each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and
 // a query is at most 15 * 128, and sixteen of them stay within 16 bits: those of a lane in four pieces.
+// kPieces: as many, known when this is compiled, so that every address is a constant away from another; or 0.
 template <int kHeads, int kPieces>
-LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
-                             int64_t half_padded, int32_t* dots, int64_t stride) {
+LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t pieces, const int8_t* query, int32_t* dots, int64_t stride) {
     constexpr int kPairs = kHeads > 2 ? 2 : 4;  // at once: their running sums stay in registers
     if (kPieces > 0) pieces = kPieces;
+    const int64_t row_bytes = kCodeBytes * pieces;
     const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     auto row = [&](int t, int64_t c) LOUVER_ALWAYS_INLINE {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + t * row_bytes + 16 * c));
     };
     auto values = [&](int g, int half, int64_t c) LOUVER_ALWAYS_INLINE {
-        const int8_t* from = query + (2 * g + half) * half_padded + 16 * c;
+        const int8_t* from = query + (2 * g + half) * row_bytes + 16 * c;
         return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     };
     __m256i total[kHeads][4];
@@ -174,36 +175,34 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t row_bytes, int64_t pi
 }
 
 template <int kPieces>
-LOUVER_INLINE void dot_all_heads(const uint8_t* codes, int64_t row_bytes, int64_t pieces, const int8_t* query,
-                                 int64_t half_padded, int64_t group, int32_t* dots, int64_t stride) {
-    for (int64_t i = 0; i < kCodeTokens; i += 8, codes += 8 * row_bytes, dots += 8) {
+LOUVER_INLINE void dot_all_heads(const uint8_t* codes, int64_t pieces, const int8_t* query, int64_t group,
+                                 int32_t* dots, int64_t stride) {
+    const int64_t query_bytes = 2 * kCodeBytes * pieces;
+    for (int64_t i = 0; i < kCodeTokens; i += 8, codes += 8 * kCodeBytes * pieces, dots += 8) {
         int64_t g = 0;
         for (; g + 4 <= group; g += 4)
-            dot_heads<4, kPieces>(codes, row_bytes, pieces, query + g * 2 * half_padded, half_padded, dots + g * stride,
-                                  stride);
-        const int8_t* rest = query + g * 2 * half_padded;
+            dot_heads<4, kPieces>(codes, pieces, query + g * query_bytes, dots + g * stride, stride);
+        const int8_t* rest = query + g * query_bytes;
         int32_t* to = dots + g * stride;
-        if (group - g == 1) dot_heads<1, kPieces>(codes, row_bytes, pieces, rest, half_padded, to, stride);
-        if (group - g == 2) dot_heads<2, kPieces>(codes, row_bytes, pieces, rest, half_padded, to, stride);
-        if (group - g == 3) dot_heads<3, kPieces>(codes, row_bytes, pieces, rest, half_padded, to, stride);
+        if (group - g == 1) dot_heads<1, kPieces>(codes, pieces, rest, to, stride);
+        if (group - g == 2) dot_heads<2, kPieces>(codes, pieces, rest, to, stride);
+        if (group - g == 3) dot_heads<3, kPieces>(codes, pieces, rest, to, stride);
     }
 }
 
 inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
                       int64_t group, int32_t* dots, int64_t stride) {
     alignas(64) uint8_t copy[kCodeTokens * 512];
-    int64_t row_bytes = half;
-    if (tokens < kCodeTokens || half % kCodeBytes != 0) {  // reading whole pieces could leave the array
-        row_bytes = half_padded;
-        std::memset(copy, 0, static_cast<size_t>(kCodeTokens * row_bytes));
+    if (tokens < kCodeTokens || half != half_padded) {  // reading whole pieces could leave the array
+        std::memset(copy, 0, static_cast<size_t>(kCodeTokens * half_padded));
         for (int64_t i = 0; i < tokens; ++i)
-            std::memcpy(copy + i * row_bytes, codes + i * half, static_cast<size_t>(half));
+            std::memcpy(copy + i * half_padded, codes + i * half, static_cast<size_t>(half));
         codes = copy;
     }
     const int64_t pieces = half_padded / kCodeBytes;
-    if (pieces == 2) return dot_all_heads<2>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
-    if (pieces == 4) return dot_all_heads<4>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
-    dot_all_heads<0>(codes, row_bytes, pieces, query, half_padded, group, dots, stride);
+    if (pieces == 2) return dot_all_heads<2>(codes, pieces, query, group, dots, stride);
+    if (pieces == 4) return dot_all_heads<4>(codes, pieces, query, group, dots, stride);
+    dot_all_heads<0>(codes, pieces, query, group, dots, stride);
 }
 
 #else
