@@ -114,8 +114,18 @@ inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_
 
 #elif defined(__AVX2__)
 
-// Keeps the compiler from adding products to each other first: all of them at once do not fit the registers.
-LOUVER_INLINE void in_order(__m256i& sum) { asm("" : "+x"(sum)); }
+// sum += products of codes with the 16 bytes at query, for two registers of codes. In assembly, because the compiler
+// multiplies ahead, and then keeps products and sums in memory.
+LOUVER_INLINE void add_products(const int8_t* query, __m256i codes0, __m256i codes1, __m256i& sum0, __m256i& sum1) {
+    __m256i q, product;
+    asm("vbroadcasti128 %[from], %[q]\n\t"
+        "vpmaddubsw %[q], %[codes0], %[product]\n\t"
+        "vpmaddubsw %[q], %[codes1], %[q]\n\t"
+        "vpaddw %[product], %[sum0], %[sum0]\n\t"
+        "vpaddw %[q], %[sum1], %[sum1]"
+        : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [q] "=&x"(q), [product] "=&x"(product)
+        : [from] "m"(*reinterpret_cast<const __m128i_u*>(query)), [codes0] "x"(codes0), [codes1] "x"(codes1));
+}
 
 // Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a
 // half each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and
@@ -130,10 +140,6 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t pieces, const int8_t*
     auto row = [&](int t, int64_t c) LOUVER_ALWAYS_INLINE {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + t * row_bytes + 16 * c));
     };
-    auto values = [&](int g, int half, int64_t c) LOUVER_ALWAYS_INLINE {
-        const int8_t* from = query + (2 * g + half) * row_bytes + 16 * c;
-        return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-    };
     __m256i total[kHeads][4];
     for (int p0 = 0; p0 < 4; p0 += kPairs)
         for (int64_t first = 0; first < pieces; first += 4) {
@@ -147,13 +153,10 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t pieces, const int8_t*
                     __m256i nibbles[kPairs];
                     for (int p = 0; p < kPairs; ++p)
                         nibbles[p] = _mm256_and_si256(half == 0 ? packed[p] : _mm256_srli_epi16(packed[p], 4), nibble);
-                    for (int g = 0; g < kHeads; ++g) {
-                        const __m256i q = values(g, half, c);
-                        for (int p = 0; p < kPairs; ++p) {
-                            sums[g][p] = _mm256_add_epi16(sums[g][p], _mm256_maddubs_epi16(nibbles[p], q));
-                            in_order(sums[g][p]);
-                        }
-                    }
+                    for (int g = 0; g < kHeads; ++g)
+                        for (int p = 0; p < kPairs; p += 2)
+                            add_products(query + (2 * g + half) * row_bytes + 16 * c, nibbles[p], nibbles[p + 1],
+                                         sums[g][p], sums[g][p + 1]);
                 }
             }
             for (int g = 0; g < kHeads; ++g)

@@ -33,10 +33,23 @@ LOUVER_INLINE Floats radii(const uint8_t* radius, const SketchView& sketch, int6
     return to_float(x);
 }
 
+// Ask for all of block `index` but its codes. Each is a few lines of a row that is next read a block later: too far apart
+// for the processor to ask by itself.
+LOUVER_INLINE void touch_block(const SketchView& sketch, int64_t index) {
+    const int64_t frame = 2 * sketch.dims, radius = sketch.half_len() * sketch.slices;
+    for (int64_t line = 0; line < frame; line += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(sketch.key_frame + index * sketch.dims) + line);
+    for (int64_t line = 0; line < radius; line += 64) __builtin_prefetch(sketch.key_radius + index * radius + line);
+    __builtin_prefetch(sketch.key_scale + index);
+    __builtin_prefetch(sketch.radius_least + index * sketch.slices);
+    __builtin_prefetch(sketch.radius_unit + index * sketch.slices);
+}
+
 // Radii, dots and unbounded keys of block `index`, for head_bounds.
 inline void scan_block(Scan& scan, int64_t index) {
     const SketchView& sketch = *scan.sketch;
     const int64_t frame_len = sketch.frame_len, slices = sketch.slices;
+    touch_block(sketch, index + 1);
     prepare_block(scan, index);
     const uint8_t* codes = sketch.key_codes + index * frame_len * scan.half;
     const uint8_t* radius = sketch.key_radius + index * sketch.half_len() * slices;
