@@ -9,6 +9,7 @@ from torch import Tensor
 from louver.experiments.capture import Capture
 from louver.experiments.synthetic import heavy_tailed
 from louver.index.sketch import SketchIndex
+from louver.memory import empty
 
 CACHE_BYTES = 96 << 20  # sketches of all copies together take more than this, three times a large last-level cache
 LARGEST_BYTES = 4 << 30  # of keys and values over all copies
@@ -43,7 +44,7 @@ def synthetic(kv_len: int, shape: tuple[int, int, int], dtype: torch.dtype, seed
         made = heavy_tailed(
             kv_len, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype, seed=seed
         )
-        index = SketchIndex.build(made.keys, made.values, made.metric_queries, backend=backend)
+        index = SketchIndex.build(_held(made.keys), _held(made.values), made.metric_queries, backend=backend)
         copies.append(Copy(q=made.q, index=index))
     return copies
 
@@ -54,8 +55,13 @@ def captured(path: Path, dtype: torch.dtype, backend: str) -> tuple[str, list[Co
     end = int(capture.query_positions[-1]) + 1
     copies = []
     for layer in capture.layers.values():
-        keys, values = (x[None, :, :end].to(dtype).contiguous() for x in (layer.keys, layer.values))
+        keys, values = (_held(x[None, :, :end].to(dtype)) for x in (layer.keys, layer.values))
         queries = layer.queries[None].to(dtype)
         index = SketchIndex.build(keys, values, queries[:, :, capture.fitting()], backend=backend)
         copies.append(Copy(q=queries[:, :, -1].contiguous(), index=index))
     return capture.model, copies
+
+
+def _held(x: Tensor) -> Tensor:
+    """A copy in memory such as a cache has its tokens in."""
+    return empty(tuple(x.shape), x.dtype, x.device).copy_(x)
