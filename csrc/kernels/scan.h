@@ -80,27 +80,34 @@ inline float widest_bound(const Scan& scan, int64_t g) {
 }
 
 // Call body(token, estimate, half_width) for kLanes tokens at a time of the scanned block, for head g. Lanes of
-// unbounded keys mean nothing. kSlices: the sketch's, or 0 for any.
-template <int kSlices, class Body>
+// unbounded keys mean nothing. kSlices: the sketch's, or 0 for any; kPlanes: the scan's.
+template <int kSlices, int kPlanes, class Body>
 LOUVER_INLINE void head_bounds_of(const Scan& scan, int64_t g, Body body) {
     const int64_t slices = kSlices == 0 ? scan.sketch->slices : kSlices, stride = scan.stride;
+    const int64_t frame_len = scan.sketch->frame_len;
     const float bias = scan.block.bias[g], step = scan.block.step[g], slack = scan.block.slack[g];
-    const float* reach = scan.block.reach + g * slices;
+    const float *reach = scan.block.reach + g * slices, *radii = scan.radii;
     const int32_t *high = scan.dots + g * stride, *low = scan.dots + (scan.group.size + g) * stride;
-    for (int64_t token = 0; token < scan.sketch->frame_len; token += kLanes) {
+    for (int64_t token = 0; token < frame_len; token += kLanes) {
         Ints dot = load<Ints>(high + token);
-        if (scan.planes == 2) dot = 256 * dot + load<Ints>(low + token);
+        if (kPlanes == 2) dot = 256 * dot + load<Ints>(low + token);
         Floats width = splat(slack);
-        for (int64_t s = 0; s < slices; ++s) width += reach[s] * load<Floats>(scan.radii + s * stride + token);
+        for (int64_t s = 0; s < slices; ++s) width += reach[s] * load<Floats>(radii + s * stride + token);
         body(token, bias + step * to_float(dot), width);
     }
 }
 
+template <int kPlanes, class Body>
+LOUVER_INLINE void head_bounds_in(const Scan& scan, int64_t g, Body body) {
+    if (scan.sketch->slices == 1) return head_bounds_of<1, kPlanes>(scan, g, body);
+    if (scan.sketch->slices == 2) return head_bounds_of<2, kPlanes>(scan, g, body);
+    head_bounds_of<0, kPlanes>(scan, g, body);
+}
+
 template <class Body>
 LOUVER_INLINE void head_bounds(const Scan& scan, int64_t g, Body body) {
-    if (scan.sketch->slices == 1) return head_bounds_of<1>(scan, g, body);
-    if (scan.sketch->slices == 2) return head_bounds_of<2>(scan, g, body);
-    head_bounds_of<0>(scan, g, body);
+    if (scan.planes == 1) return head_bounds_in<1>(scan, g, body);
+    head_bounds_in<2>(scan, g, body);
 }
 
 }  // namespace louver::LOUVER_ISA

@@ -141,12 +141,60 @@ inline void score_list(Unit& unit, int64_t from) {
     }
 }
 
+// Put the scanned block's decided keys on the list: sinks, recent ones, and those without a finite bound. Whether there
+// are any.
+inline bool list_decided(Unit& unit, int64_t base) {
+    const int64_t frame_len = unit.sketch->frame_len;
+    const Rule& rule = *unit.rule;
+    const bool plain = base >= rule.sinks && base + frame_len <= unit.length - rule.recent;
+    bool any = false;
+    for (int64_t token = 0; token < frame_len; token += kLanes) {
+        uint32_t& decided = unit.scan.unbounded[token / kLanes];
+        const int64_t count = frame_len - token < kLanes ? frame_len - token : kLanes;
+        for (int64_t i = 0; i < count && !plain; ++i)
+            if (base + token + i < rule.sinks || base + token + i >= unit.length - rule.recent) decided |= 1u << i;
+        any |= decided != 0;
+        for (uint32_t todo = decided & ((1u << count) - 1); todo != 0; todo &= todo - 1)
+            add_token(unit, base + token + __builtin_ctz(todo));
+    }
+    return any;
+}
+
+// Spill the scanned block's bounds for head g, and note the thread's extremes. kPlain: no key is decided, none of its
+// lower bounds is wanted, and a block is whole vectors.
+template <bool kSpillEstimates, bool kPlain>
+LOUVER_INLINE void spill_bounds(Unit& unit, int64_t g, int64_t base, bool floors) {
+    const int64_t frame_len = unit.sketch->frame_len;
+    const uint32_t* unbounded = unit.scan.unbounded;
+    Floats* lanes = unit.lanes + 3 * g;
+    Floats best_lower = lanes[0], top = splat(-kInfinity), low = splat(kInfinity);
+    float* uppers = unit.upper + g * unit.stride + base;
+    float* estimates = unit.estimate + g * unit.stride + base;
+    head_bounds(unit.scan, g, [&](int64_t token, Floats estimate, Floats width) LOUVER_ALWAYS_INLINE {
+        Floats upper = estimate + width, least = estimate;
+        Floats finite = kSpillEstimates ? estimate : upper;
+        if (!kPlain) {
+            const Ints decided = lanes_of(unbounded[token / kLanes]);
+            if (floors) best_lower = max(best_lower, select(decided, splat(-kInfinity), estimate - width));
+            upper = select(decided, splat(kInfinity), upper), finite = select(decided, splat(-kInfinity), finite);
+            least = select(decided, splat(kInfinity), least);
+        }
+        if (kSpillEstimates) low = min(low, least);
+        top = max(top, finite);
+        store_some(uppers + token, upper, kPlain ? kLanes : frame_len - token);
+        if (kSpillEstimates) store_some(estimates + token, estimate, kPlain ? kLanes : frame_len - token);
+    });
+    lanes[0] = best_lower, lanes[1] = max(lanes[1], top);
+    if (kSpillEstimates) lanes[2] = max(lanes[2], max(top, -low) + widest_bound(unit.scan, g));
+}
+
 // Bound this thread's blocks: spill upper bounds (and estimates), +infinity for decided keys. Those, and the tokens no
 // block holds, go on the list and are scored at once.
 template <bool kSpillEstimates>
 inline void scan_unit(Unit& unit) {
     const SketchView& sketch = *unit.sketch;
-    const Rule& rule = *unit.rule;
+    const bool floors = unit.rule->keep_best && unit.rule->has_tau;  // elsewhere exact scores say more
+    const bool whole = sketch.frame_len % kLanes == 0;
     unit.my_count() = 0;
     for (int64_t g = 0; g < unit.group.size; ++g) {
         unit.lanes[3 * g] = unit.lanes[3 * g + 1] = splat(-kInfinity);
@@ -154,42 +202,11 @@ inline void scan_unit(Unit& unit) {
     }
     for (int64_t b = unit.blocks.begin; b < unit.blocks.end; ++b) {
         const int64_t base = b * sketch.frame_len;
-        const bool plain = base >= rule.sinks && base + sketch.frame_len <= unit.length - rule.recent;
         scan_block(unit.scan, sketch.block(unit.row, unit.head, b));
-        bool any = false;
-        const bool floors = rule.keep_best && rule.has_tau;  // elsewhere exact scores say more
-        for (int64_t token = 0; token < sketch.frame_len; token += kLanes) {
-            uint32_t& decided = unit.scan.unbounded[token / kLanes];
-            const int64_t count = sketch.frame_len - token < kLanes ? sketch.frame_len - token : kLanes;
-            for (int64_t i = 0; i < count && !plain; ++i)
-                if (base + token + i < rule.sinks || base + token + i >= unit.length - rule.recent) decided |= 1u << i;
-            any |= decided != 0;
-            for (uint32_t todo = decided & ((1u << count) - 1); todo != 0; todo &= todo - 1)
-                add_token(unit, base + token + __builtin_ctz(todo));
-        }
+        const bool plain = !list_decided(unit, base) && !floors && whole;
         for (int64_t g = 0; g < unit.group.size; ++g) {
-            Floats* lanes = unit.lanes + 3 * g;
-            Floats best_lower = lanes[0], top = splat(-kInfinity), low = splat(kInfinity);
-            float* uppers = unit.upper + g * unit.stride + base;
-            float* estimates = unit.estimate + g * unit.stride + base;
-            head_bounds(unit.scan, g, [&](int64_t token, Floats estimate, Floats width) LOUVER_ALWAYS_INLINE {
-                Floats upper = estimate + width, lower = splat(-kInfinity), least = estimate;
-                Floats finite = kSpillEstimates ? estimate : upper;
-                if (floors) lower = estimate - width;
-                if (any) {
-                    const Ints decided = lanes_of(unit.scan.unbounded[token / kLanes]);
-                    upper = select(decided, splat(kInfinity), upper),
-                    finite = select(decided, splat(-kInfinity), finite);
-                    lower = select(decided, splat(-kInfinity), lower), least = select(decided, splat(kInfinity), least);
-                }
-                if (floors) best_lower = max(best_lower, lower);
-                if (kSpillEstimates) low = min(low, least);
-                top = max(top, finite);
-                store_some(uppers + token, upper, sketch.frame_len - token);
-                if (kSpillEstimates) store_some(estimates + token, estimate, sketch.frame_len - token);
-            });
-            lanes[0] = best_lower, lanes[1] = max(lanes[1], top);
-            if (kSpillEstimates) lanes[2] = max(lanes[2], max(top, -low) + widest_bound(unit.scan, g));
+            if (plain) spill_bounds<kSpillEstimates, true>(unit, g, base, floors);
+            if (!plain) spill_bounds<kSpillEstimates, false>(unit, g, base, floors);
         }
     }
     for (int64_t g = 0; g < unit.group.size; ++g) {
