@@ -49,6 +49,7 @@ struct Scan {
     int32_t* dots = nullptr;                     // [planes, group, stride]
     float* radii = nullptr;                      // [slices, stride]
     uint32_t* unbounded = nullptr;               // per kLanes tokens, a bit for each key without a finite bound
+    bool all_bounded = true;                     // no key is without one
 };
 
 inline int64_t scan_bytes(const SketchView& sketch, int64_t group, int planes) {

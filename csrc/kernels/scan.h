@@ -10,31 +10,52 @@
 
 namespace louver::LOUVER_ISA {
 
-// Radius codes of kLanes tokens from `token` on for slice s, as floats; tokens past the block get 0. radius: the
-// block's, two tokens to a byte.
-LOUVER_INLINE Floats radii(const uint8_t* radius, const SketchView& sketch, int64_t s, int64_t token) {
-    const int64_t half = sketch.half_len(), slices = sketch.slices;
-    const bool high = token >= half;
-    Ints x = {};
-    if (slices <= 2 && token + kLanes <= (high ? sketch.frame_len : half)) {
-        const uint8_t* from = radius + (high ? token - half : token) * slices;
-        if (slices == 1) {
-            x = widen(load<Bytes>(from));
-        } else {
-            const Ints pair = widen(load<Shorts>(from));
-            x = s == 0 ? pair & 255 : pair >> 8;  // little-endian
-        }
-        return to_float(high ? x >> 4 : x & 15);
-    }
-    for (int64_t i = 0; i < kLanes && token + i < sketch.frame_len; ++i) {
-        const int64_t t = token + i;
-        x[i] = t < half ? radius[t * slices + s] & 15 : radius[(t - half) * slices + s] >> 4;
-    }
-    return to_float(x);
+// Whether any of n bytes of radii holds kNoBound.
+inline bool lacks_bound(const uint8_t* radius, int64_t n) {
+    uint8_t found = 0;
+    for (int64_t i = 0; i < n; ++i) found |= ((radius[i] & 15) == kNoBound) | ((radius[i] >> 4) == kNoBound);
+    return found != 0;
 }
 
-// Ask for all of block `index` but its codes. Each is a few lines of a row that is next read a block later: too far apart
-// for the processor to ask by itself.
+// A block's radius codes as floats [slices, stride]: two tokens to a byte, one of each half of the block.
+template <int kSlices>
+LOUVER_INLINE void unpack_radii(const uint8_t* radius, int64_t half, int64_t stride, float* to) {
+    for (int64_t token = 0; token < half; token += kLanes) {
+        Ints x;  // little-endian
+        if constexpr (kSlices == 1) x = widen(load<Bytes>(radius + token));
+        if constexpr (kSlices == 2) x = widen(load<Shorts>(radius + 2 * token));
+        for (int s = 0; s < kSlices; ++s) {
+            store(to + s * stride + token, to_float(x >> (8 * s) & 15));
+            store(to + s * stride + half + token, to_float(x >> (8 * s + 4) & 15));
+        }
+    }
+}
+
+// Of block `index`: radii, and which keys have no bound.
+inline void read_radii(Scan& scan, int64_t index) {
+    const SketchView& sketch = *scan.sketch;
+    const int64_t frame_len = sketch.frame_len, half = sketch.half_len(), slices = sketch.slices;
+    const uint8_t* radius = sketch.key_radius + index * half * slices;
+    if (slices <= 2 && half % kLanes == 0 && frame_len == 2 * half) {
+        if (slices == 1) unpack_radii<1>(radius, half, scan.stride, scan.radii);
+        if (slices == 2) unpack_radii<2>(radius, half, scan.stride, scan.radii);
+    } else {
+        for (int64_t t = 0; t < frame_len; ++t)
+            for (int64_t s = 0; s < slices; ++s)
+                scan.radii[s * scan.stride + t] =
+                    static_cast<float>(t < half ? radius[t * slices + s] & 15 : radius[(t - half) * slices + s] >> 4);
+    }
+    scan.all_bounded = scan.block.finite && !lacks_bound(radius, half * slices);
+    for (int64_t token = 0; token < frame_len; token += kLanes) {
+        Ints unbounded = scan.block.finite ? ~first_lanes(frame_len - token) : ~Ints{};
+        for (int64_t s = 0; s < slices && !scan.all_bounded; ++s)
+            unbounded |= load<Floats>(scan.radii + s * scan.stride + token) == static_cast<float>(kNoBound);
+        scan.unbounded[token / kLanes] = bits(unbounded);
+    }
+}
+
+// Ask for all of block `index` but its codes. Each is a few lines of a row that is next read a block later: too far
+// apart for the processor to ask by itself.
 LOUVER_INLINE void touch_block(const SketchView& sketch, int64_t index) {
     const int64_t frame = 2 * sketch.dims, radius = sketch.half_len() * sketch.slices;
     for (int64_t line = 0; line < frame; line += 64)
@@ -48,11 +69,10 @@ LOUVER_INLINE void touch_block(const SketchView& sketch, int64_t index) {
 // Radii, dots and unbounded keys of block `index`, for head_bounds.
 inline void scan_block(Scan& scan, int64_t index) {
     const SketchView& sketch = *scan.sketch;
-    const int64_t frame_len = sketch.frame_len, slices = sketch.slices;
+    const int64_t frame_len = sketch.frame_len;
     touch_block(sketch, index + 1);
     prepare_block(scan, index);
     const uint8_t* codes = sketch.key_codes + index * frame_len * scan.half;
-    const uint8_t* radius = sketch.key_radius + index * sketch.half_len() * slices;
     for (int64_t token = 0; token < frame_len; token += kCodeTokens) {
         const int64_t count = frame_len - token < kCodeTokens ? frame_len - token : kCodeTokens;
         for (int64_t line = 0; line < kCodeTokens * scan.half; line += 64)
@@ -60,16 +80,7 @@ inline void scan_block(Scan& scan, int64_t index) {
         dot_codes(codes + token * scan.half, count, scan.half, scan.half_padded, scan.block.query,
                   scan.planes * scan.group.size, scan.dots + token, scan.stride);
     }
-    for (int64_t token = 0; token < frame_len; token += kLanes) {
-        const int64_t count = frame_len - token;
-        Ints unbounded = scan.block.finite ? ~first_lanes(count) : ~Ints{};
-        for (int64_t s = 0; s < slices; ++s) {
-            const Floats r = radii(radius, sketch, s, token);
-            unbounded |= r == static_cast<float>(kNoBound);
-            store(scan.radii + s * scan.stride + token, r);
-        }
-        scan.unbounded[token / kLanes] = bits(unbounded);
-    }
+    read_radii(scan, index);
 }
 
 // At least any half-width of the scanned block, for head g.

@@ -147,6 +147,7 @@ inline bool list_decided(Unit& unit, int64_t base) {
     const int64_t frame_len = unit.sketch->frame_len;
     const Rule& rule = *unit.rule;
     const bool plain = base >= rule.sinks && base + frame_len <= unit.length - rule.recent;
+    if (plain && unit.scan.all_bounded) return false;
     bool any = false;
     for (int64_t token = 0; token < frame_len; token += kLanes) {
         uint32_t& decided = unit.scan.unbounded[token / kLanes];
