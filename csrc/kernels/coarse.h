@@ -9,62 +9,85 @@ namespace louver::LOUVER_ISA {
 
 constexpr int64_t kStrip = 64;
 
-LOUVER_INLINE __m128i part_of_register(__m512i x, int part) {
-    switch (part) {
-        case 0: return _mm512_extracti32x4_epi32(x, 0);
-        case 1: return _mm512_extracti32x4_epi32(x, 1);
-        case 2: return _mm512_extracti32x4_epi32(x, 2);
-        default: return _mm512_extracti32x4_epi32(x, 3);
-    }
-}
-
-// Four tokens' 64 packed bytes, byte-transposed: register r, dword i holds the bytes of four tokens for byte 16 (i / 4)
+// Four rows of 64 packed bytes, byte-transposed: register r, dword i holds the bytes of four tokens for byte 16 (i / 4)
 // + 4 r + i % 4 of the row.
-LOUVER_INLINE void interleave4(const uint8_t* codes, const int32_t* rows, int64_t at, __mmask64 mask, __m512i* out) {
-    __m512i x[4];
-    for (int i = 0; i < 4; ++i) x[i] = _mm512_maskz_loadu_epi8(mask, codes + rows[i] + at);
-    const __m512i low_a = _mm512_unpacklo_epi8(x[0], x[1]), high_a = _mm512_unpackhi_epi8(x[0], x[1]);
-    const __m512i low_b = _mm512_unpacklo_epi8(x[2], x[3]), high_b = _mm512_unpackhi_epi8(x[2], x[3]);
+LOUVER_INLINE void interleave4(const __m512i* rows, __m512i* out) {
+    const __m512i low_a = _mm512_unpacklo_epi8(rows[0], rows[1]), high_a = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const __m512i low_b = _mm512_unpacklo_epi8(rows[2], rows[3]), high_b = _mm512_unpackhi_epi8(rows[2], rows[3]);
     out[0] = _mm512_unpacklo_epi16(low_a, low_b), out[1] = _mm512_unpackhi_epi16(low_a, low_b);
     out[2] = _mm512_unpacklo_epi16(high_a, high_b), out[3] = _mm512_unpackhi_epi16(high_a, high_b);
 }
 
-// Up to four heads over 64 packed bytes. Weights are unsigned and codes, at most 15, count as signed.
-template <int kHeads>
+// Their dwords in the order of the row's bytes.
+LOUVER_INLINE void in_row_order(__m512i* x) {
+    const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), b = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+    const __m512i c = _mm512_shuffle_i32x4(x[0], x[1], 0xee), d = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+    x[0] = _mm512_shuffle_i32x4(a, b, 0x88), x[1] = _mm512_shuffle_i32x4(a, b, 0xdd);
+    x[2] = _mm512_shuffle_i32x4(c, d, 0x88), x[3] = _mm512_shuffle_i32x4(c, d, 0xdd);
+}
+
+// Up to four heads over 64 packed bytes. Weights are unsigned and codes, at most 15, count as signed. kPaired: the rows
+// are of 32 bytes, and a register holds two of them, tokens i and i + 4 of every eight.
+template <int kHeads, bool kPaired>
 LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t count, int64_t at, int64_t width,
                              const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __mmask64 mask = width == 64 ? ~0ull : (1ull << width) - 1;
-    alignas(64) int32_t sums[kHeads][2][64];
-    for (int r0 = 0; r0 < 4; r0 += 2) {  // two registers of the four at a time: 16 running sums fit
-        __m512i low[kHeads][2], high[kHeads][2];
+    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    auto row = [&](int64_t i) LOUVER_ALWAYS_INLINE {
+        if constexpr (kPaired) {
+            auto at32 = [&](int64_t j) { return _mm256_loadu_si256((const __m256i*)(codes + rows[j])); };
+            return _mm512_inserti64x4(_mm512_castsi256_si512(at32(i)), at32(i + 4), 1);
+        } else {
+            return _mm512_maskz_loadu_epi8(mask, codes + rows[i] + at);
+        }
+    };
+    auto weight = [&](int g, int64_t i) LOUVER_ALWAYS_INLINE {
+        const uint8_t* from = weights + g * stride + i;
+        if constexpr (kPaired) {
+            return _mm512_permutexvar_epi32(halves, _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)from)));
+        } else {
+            return _mm512_set1_epi32(load<int32_t>(from));
+        }
+    };
+    for (int high = 0; high < 2; ++high) {  // the sums of one nibble of each byte at a time: sixteen
+        __m512i sums[kHeads][4];
         for (int g = 0; g < kHeads; ++g)
-            for (int r = 0; r < 2; ++r) low[g][r] = high[g][r] = _mm512_setzero_si512();
-        for (int64_t i = 0; i < count; i += 4) {
-            __m512i packed[4];
-            interleave4(codes, rows + i, at, mask, packed);
-            for (int r = 0; r < 2; ++r) {
-                const __m512i a = _mm512_and_si512(packed[r0 + r], nibble);
-                const __m512i b = _mm512_and_si512(_mm512_srli_epi16(packed[r0 + r], 4), nibble);
-                for (int g = 0; g < kHeads; ++g) {
-                    const __m512i w = _mm512_set1_epi32(load<int32_t>(weights + g * stride + i));
-                    low[g][r] = _mm512_dpbusd_epi32(low[g][r], w, a);
-                    high[g][r] = _mm512_dpbusd_epi32(high[g][r], w, b);
-                }
+            for (int r = 0; r < 4; ++r) sums[g][r] = _mm512_setzero_si512();
+        for (int64_t i = 0; i < count; i += kPaired ? 8 : 4) {
+            __m512i packed[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+            if (high) {
+                for (int r = 0; r < 4; ++r) packed[r] = _mm512_srli_epi16(packed[r], 4);
+            }
+            for (int r = 0; r < 4; ++r) packed[r] = _mm512_and_si512(packed[r], nibble);
+            __m512i nibbles[4];
+            interleave4(packed, nibbles);
+            for (int g = 0; g < kHeads; ++g) {
+                const __m512i w = weight(g, i);
+                for (int r = 0; r < 4; ++r) asm("vpdpbusd %2, %1, %0" : "+v"(sums[g][r]) : "v"(w), "v"(nibbles[r]));
             }
         }
-        for (int g = 0; g < kHeads; ++g)
-            for (int r = 0; r < 2; ++r)
-                for (int part = 0; part < 4; ++part) {  // four bytes of each 16
-                    const int64_t to = 16 * part + 4 * (r0 + r);
-                    _mm_store_si128((__m128i*)(sums[g][0] + to), part_of_register(low[g][r], part));
-                    _mm_store_si128((__m128i*)(sums[g][1] + to), part_of_register(high[g][r], part));
-                }
+        for (int g = 0; g < kHeads; ++g) {
+            int32_t* to = total + g * 2 * half + high * half + at;
+            in_row_order(sums[g]);
+            if (kPaired) {
+                _mm512_storeu_si512(to, _mm512_add_epi32(sums[g][0], sums[g][2]));
+                _mm512_storeu_si512(to + 16, _mm512_add_epi32(sums[g][1], sums[g][3]));
+            } else if (width == 64) {
+                for (int r = 0; r < 4; ++r) _mm512_storeu_si512(to + 16 * r, sums[g][r]);
+            } else {
+                for (int r = 0; r < 4; ++r)
+                    _mm512_mask_storeu_epi32(to + 16 * r, static_cast<__mmask16>(mask >> 16 * r), sums[g][r]);
+            }
+        }
     }
-    for (int g = 0; g < kHeads; ++g) {
-        std::memcpy(total + g * 2 * half + at, sums[g][0], static_cast<size_t>(4 * width));
-        std::memcpy(total + g * 2 * half + half + at, sums[g][1], static_cast<size_t>(4 * width));
-    }
+}
+
+template <int kHeads>
+LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t count, int64_t at, int64_t width,
+                             const uint8_t* weights, int64_t stride, int32_t* total, int64_t half) {
+    if (half == 32) return add_strip<kHeads, true>(codes, rows, count, at, width, weights, stride, total, half);
+    add_strip<kHeads, false>(codes, rows, count, at, width, weights, stride, total, half);
 }
 
 #elif defined(__AVX2__)
@@ -127,7 +150,7 @@ LOUVER_INLINE void add_strip(const uint8_t* codes, const int32_t* rows, int64_t 
 #endif
 
 // total[g * 2 * half + j] = sum_i weight[g * stride + i] * code of channel j of token i, low nibbles first, then the
-// high ones. rows: where each token's packed codes begin; rows and weights have room to the next multiple of 4 (weight
+// high ones. rows: where each token's packed codes begin; rows and weights have room to the next multiple of 8 (weight
 // 0 there). The largest sum, 255 * 15 * count, is far inside int32.
 inline void add_codes(const uint8_t* codes, const int32_t* rows, int64_t count, int64_t half, const uint8_t* weights,
                       int64_t stride, int64_t group, int32_t* total) {

@@ -48,7 +48,7 @@ inline void find_live(const Unit& unit, int64_t b, FoundBlock& found) {
         store_packed(found.row + count, lane_rows + static_cast<int32_t>(token * half), mask);
         count += __builtin_popcount(mask);
     }
-    for (int64_t i = count; i % 4 != 0; ++i) found.row[i] = 0;  // weighed with zero
+    for (int64_t i = count; i % 8 != 0; ++i) found.row[i] = 0;  // weighed with zero
     found.count = count, found.none = bits(any) == 0;
 }
 
