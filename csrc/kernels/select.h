@@ -125,6 +125,23 @@ inline float nth_largest(float* x, int64_t n, int64_t rank) {
         count += __builtin_popcount(mask);
     }
     if (count < rank) return -__builtin_inff();
+    for (int few = 0; few < 64; ++few) {  // the least of a few too many go, equal ones together
+        Floats least = splat(__builtin_inff());
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const Floats v = load<Floats>(x + i);
+            least = min(select(first_lanes(count - i), v, least), least);
+        }
+        const float t = -largest(-least);
+        int64_t left = 0;
+        for (int64_t i = 0; i < count; i += kLanes) {
+            const Floats v = load<Floats>(x + i);
+            const uint32_t mask = bits((v > t) & first_lanes(count - i));
+            store_packed(x + left, v, mask);
+            left += __builtin_popcount(mask);
+        }
+        if (left < rank) return t;
+        count = left;
+    }
     std::nth_element(x, x + rank - 1, x + count, [](float a, float b) { return a > b; });
     return x[rank - 1];
 }
