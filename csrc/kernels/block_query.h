@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels/codes.h"
 #include "kernels/frames.h"
@@ -40,6 +41,7 @@ struct Scan {
     Group group;
     int64_t row = 0, head = 0;
     int64_t half = 0, half_padded = 0;
+    int64_t slice_dims = 0, longer_slices = 0;  // channels of a slice, and how many slices have one more
     int planes = 1;
     float *energy = nullptr,
           *peak = nullptr;  // [group, padded]: (q / peak)^2 times what the metric fixes; [group, slices]
@@ -49,8 +51,16 @@ struct Scan {
     int32_t* dots = nullptr;                     // [planes, group, stride]
     float* radii = nullptr;                      // [slices, stride]
     uint32_t* unbounded = nullptr;               // per kLanes tokens, a bit for each key without a finite bound
+    const uint8_t* next_codes = nullptr;         // of the block after the one that is scanned
     bool all_bounded = true;                     // no key is without one
 };
+
+// Ask for bytes [from, to) of the next block's codes: some lines now and then while this block is worked on, so that
+// memory is not idle meanwhile, and no more lines are waited for than the processor keeps track of. Three eighths are
+// asked for while the query is prepared, as many while codes are multiplied, the rest while bounds are spilled.
+LOUVER_INLINE void touch_next(const Scan& scan, int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; i += 64) touch_line(scan.next_codes + i);
+}
 
 inline int64_t scan_bytes(const SketchView& sketch, int64_t group, int planes) {
     const int64_t half_padded = padded_half(sketch.dims / 2), padded = padded_dims(sketch.dims);
@@ -86,6 +96,7 @@ inline Scan make_scan(const SketchView& sketch, const Group& group, int64_t row,
     Scan scan;
     scan.sketch = &sketch, scan.group = group, scan.row = row, scan.head = head, scan.planes = planes;
     scan.half = sketch.dims / 2, scan.half_padded = padded_half(scan.half);
+    scan.slice_dims = sketch.dims / sketch.slices, scan.longer_slices = sketch.dims % sketch.slices;
     auto take = [&memory](int64_t bytes) {
         char* out = memory;
         memory += (bytes + 63) / 64 * 64;
@@ -119,8 +130,9 @@ LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, int64_t index, float* leas
                 *radius_least = sketch.radius_least + index * sketch.slices;
     double total_least[4] = {};  // wide: as many additions in float32 again would need a margin of their own
     const bool frame = sketch.metric == Metric::frame;
-    for (int64_t s = 0; s < sketch.slices; ++s) {
-        const int64_t begin = sketch.slice_begin(s), end = sketch.slice_begin(s + 1);
+    int64_t begin = 0, end;
+    for (int64_t s = 0; s < sketch.slices; ++s, begin = end) {
+        end = begin + scan.slice_dims + (s < scan.longer_slices);
         alignas(16) float squares[4] = {};
         if (begin % kLanes == 0 && (end % kLanes == 0 || end == sketch.dims)) {
             Floats total[4] = {};
@@ -145,14 +157,17 @@ LOUVER_INLINE void slice_reach(Scan& scan, int64_t g, int64_t index, float* leas
     for (int h = 0; h < kHeads; ++h) least[h] = static_cast<float>(total_least[h]);
 }
 
-// The block's queries of up to four heads from g on. block_norm >= | |z| + 8 s |.
-template <int kHeads>
+// The block's queries of up to four heads from g on. block_norm >= | |z| + 8 s |. kPlain: one plane, and halves of
+// whole vectors.
+template <int kHeads, bool kPlain>
 LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, int64_t index) {
     const int64_t padded = scan.group.padded, slices = scan.sketch->slices;
     const float chain = static_cast<float>(padded / kLanes);
-    const float levels = scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
+    const float levels = !kPlain && scan.planes == 2 ? 32639.0f : 127.0f;  // the largest whose high byte fits
     const float* q = scan.group.q + g * padded;
+    const int64_t sixteenth = scan.sketch->frame_len * scan.half / 16;
     Floats peak[4] = {}, bias[4] = {}, missed[4] = {}, count[4] = {};
+    if (g == 0) touch_next(scan, sixteenth, 3 * sixteenth);
     for (int64_t d = 0; d < padded; d += kLanes) {
         const Floats s = load<Floats>(scan.scale + d), shifted = load<Floats>(scan.shifted + d);
         for (int h = 0; h < kHeads; ++h) {
@@ -171,12 +186,14 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, int64_
     }
     // Where a vector does not lie in one half of the query, it goes there by a copy.
     const int64_t half = scan.half, half_padded = scan.half_padded;
-    const bool direct = half % kLanes == 0;
+    const bool direct = kPlain || half % kLanes == 0;
+    const int planes = kPlain ? 1 : scan.planes;
     alignas(64) int8_t rounded[2][kHeads][kMaxDims];
     auto place = [&](int plane, int h, int64_t d) LOUVER_ALWAYS_INLINE {
         int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * half_padded;
         return !direct ? rounded[plane][h] + d : d < half ? query + d : query + half_padded + d - half;
     };
+    if (g == 0) touch_next(scan, 3 * sixteenth, 6 * sixteenth);
     for (int64_t d = 0; d < padded; d += kLanes) {
         const Floats s = load<Floats>(scan.scale + d);
         for (int h = 0; h < kHeads; ++h) {
@@ -185,16 +202,16 @@ LOUVER_INLINE void round_queries(Scan& scan, int64_t g, float block_norm, int64_
             const Floats whole = to_float(i);
             missed[h] += abs(p - step[h] * whole);
             count[h] += whole;  // exact below 2^24, and bounded beyond: docs/guarantee.md, 13
-            const Ints high = scan.planes == 2 ? (i + 128) >> 8 : i;
+            const Ints high = planes == 2 ? (i + 128) >> 8 : i;
             store_bytes(place(0, h, d), high);
-            if (scan.planes == 2) store_bytes(place(1, h, d), i - (high << 8));
+            if (planes == 2) store_bytes(place(1, h, d), i - (high << 8));
         }
     }
     sum4(missed, missed_sum);
     sum4(count, count_sum);
     slice_reach<kHeads>(scan, g, index, least);
     for (int h = 0; h < kHeads; ++h) {
-        for (int plane = 0; plane < scan.planes && !direct; ++plane) {
+        for (int plane = 0; plane < planes && !direct; ++plane) {
             int8_t* query = scan.block.query + (plane * scan.group.size + g + h) * 2 * scan.half_padded;
             copy_bytes(query, rounded[plane][h], scan.half);
             copy_bytes(query + scan.half_padded, rounded[plane][h] + scan.half, scan.half);
@@ -218,6 +235,7 @@ inline void prepare_block(Scan& scan, int64_t index) {
     const int64_t padded = scan.group.padded, dims = sketch.dims;
     const int16_t* frame = sketch.key_frame + index * dims;
     Floats extent = {};
+    touch_next(scan, 0, sketch.frame_len * scan.half / 16);
     for (int64_t d = 0; d < padded; d += kLanes) {
         const FrameLanes lanes = frame_lanes(frame + d, sketch.key_scale[index], dims - d);
         const Floats reach = (0.5f * abs(lanes.center) + 8.0f) * lanes.scale;
@@ -227,11 +245,16 @@ inline void prepare_block(Scan& scan, int64_t index) {
     }
     const float block_norm = std::sqrt(sum(extent)) * kNormInflation + kTinyNorm;
     scan.block.finite = true;
-    int64_t g = 0;
-    for (; g + 4 <= scan.group.size; g += 4) round_queries<4>(scan, g, block_norm, index);
-    if (scan.group.size - g == 1) round_queries<1>(scan, g, block_norm, index);
-    if (scan.group.size - g == 2) round_queries<2>(scan, g, block_norm, index);
-    if (scan.group.size - g == 3) round_queries<3>(scan, g, block_norm, index);
+    auto round = [&](auto plain) LOUVER_ALWAYS_INLINE {
+        constexpr bool kPlain = decltype(plain)::value;
+        int64_t g = 0;
+        for (; g + 4 <= scan.group.size; g += 4) round_queries<4, kPlain>(scan, g, block_norm, index);
+        if (scan.group.size - g == 1) round_queries<1, kPlain>(scan, g, block_norm, index);
+        if (scan.group.size - g == 2) round_queries<2, kPlain>(scan, g, block_norm, index);
+        if (scan.group.size - g == 3) round_queries<3, kPlain>(scan, g, block_norm, index);
+    };
+    if (scan.planes == 1 && scan.half % kLanes == 0) return round(std::true_type{});
+    round(std::false_type{});
 }
 
 }  // namespace louver::LOUVER_ISA

@@ -8,7 +8,7 @@ namespace louver::LOUVER_ISA {
 constexpr int64_t kAhead = 12;  // tokens of a list touched before their turn
 
 LOUVER_INLINE void prefetch_row(const char* row, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+    for (int64_t b = 0; b < bytes; b += 64) touch_line(row + b);
 }
 
 // One (row, KV head)'s tokens in row coordinates: index i is position kv_start + i.

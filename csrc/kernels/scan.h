@@ -71,12 +71,12 @@ inline void scan_block(Scan& scan, int64_t index) {
     const SketchView& sketch = *scan.sketch;
     const int64_t frame_len = sketch.frame_len;
     touch_block(sketch, index + 1);
-    prepare_block(scan, index);
     const uint8_t* codes = sketch.key_codes + index * frame_len * scan.half;
+    scan.next_codes = codes + frame_len * scan.half;
+    prepare_block(scan, index);
     for (int64_t token = 0; token < frame_len; token += kCodeTokens) {
         const int64_t count = frame_len - token < kCodeTokens ? frame_len - token : kCodeTokens;
-        for (int64_t line = 0; line < kCodeTokens * scan.half; line += 64)
-            __builtin_prefetch(codes + (frame_len + token) * scan.half + line);  // the next block's
+        touch_next(scan, (frame_len + token) * scan.half * 3 / 8, (frame_len + token + count) * scan.half * 3 / 8);
         dot_codes(codes + token * scan.half, count, scan.half, scan.half_padded, scan.block.query,
                   scan.planes * scan.group.size, scan.dots + token, scan.stride);
     }

@@ -45,6 +45,14 @@ template <class Vector>
 LOUVER_INLINE void store(void* p, Vector x) {
     std::memcpy(p, &x, sizeof(x));
 }
+// Ask for the line at p. With AVX-512 into the second-level cache, which waits for three times as many lines at once.
+LOUVER_INLINE void touch_line(const void* p) {
+#if defined(__AVX512F__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    __builtin_prefetch(p);
+#endif
+}
 LOUVER_INLINE Floats gather(const float* from, Ints index) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_i32gather_ps((__m512i)index, from, 4);

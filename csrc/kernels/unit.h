@@ -133,11 +133,13 @@ inline void score_list(Unit& unit, int64_t from) {
                        unit.buffer, ahead);
     for (int64_t g = 0; g < unit.group.size; ++g) {
         Extremes& extreme = unit.extreme(g);
-        for (int64_t i = at; i < at + n; ++i) {
-            const float score = unit.scores[g * unit.stride + i], lower = score - unit.slack(g, i);
-            if (score > extreme.peak) extreme.peak = score;
-            if (lower > extreme.lower) extreme.lower = lower;
+        Floats peak = splat(extreme.peak), lower = splat(extreme.lower);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const Floats score = load<Floats>(unit.scores + g * unit.stride + at + i);
+            const Floats inside = select(first_lanes(n - i), score, splat(-kInfinity));
+            peak = max(inside, peak), lower = max(inside - unit.slacks(g, at + i), lower);  // the second of each if NaN
         }
+        extreme.peak = largest(peak), extreme.lower = largest(lower);
     }
 }
 
@@ -196,6 +198,7 @@ inline void scan_unit(Unit& unit) {
     const SketchView& sketch = *unit.sketch;
     const bool floors = unit.rule->keep_best && unit.rule->has_tau;  // elsewhere exact scores say more
     const bool whole = sketch.frame_len % kLanes == 0;
+    const int64_t quarter = sketch.frame_len * unit.scan.half / 4, share = quarter / unit.group.size;  // of codes
     unit.my_count() = 0;
     for (int64_t g = 0; g < unit.group.size; ++g) {
         unit.lanes[3 * g] = unit.lanes[3 * g + 1] = splat(-kInfinity);
@@ -206,6 +209,7 @@ inline void scan_unit(Unit& unit) {
         scan_block(unit.scan, sketch.block(unit.row, unit.head, b));
         const bool plain = !list_decided(unit, base) && !floors && whole;
         for (int64_t g = 0; g < unit.group.size; ++g) {
+            touch_next(unit.scan, 3 * quarter + g * share, 3 * quarter + (g + 1) * share);
             if (plain) spill_bounds<kSpillEstimates, true>(unit, g, base, floors);
             if (!plain) spill_bounds<kSpillEstimates, false>(unit, g, base, floors);
         }
