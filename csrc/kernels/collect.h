@@ -18,17 +18,24 @@ inline void collect(Unit& unit, const float* cut, const float* before) {
     const float scale = unit.problem->softmax_scale;
     const int64_t from = unit.my_count();
     for (int64_t g = 0; g < group; ++g) unit.lanes[g] = splat(kAlso == AlsoFind::top_estimate ? -kInfinity : 0.0f);
+    // Ceilings of what is left out, by two numbers a head.
+    Floats *factor = unit.lanes + group, *offset = factor + group;
+    bool fits = kAlso == AlsoFind::left_out;
+    for (int64_t g = 0; g < group && fits; ++g) {
+        const CeilingsUnder under(scale, unit.top[g]);
+        factor[g] = splat(under.factor()), offset[g] = splat(under.offset());
+        fits = under.fits();
+    }
     for (int64_t i = begin; i < end; i += kLanes) {
         const Ints inside = first_lanes(end - i);
-        Ints reached = {}, known = {};
+        Ints reached = {};
         for (int64_t g = 0; g < group; ++g) {
             const Floats upper = load<Floats>(unit.upper + g * unit.stride + i);
             const Ints above = upper >= cut[g];
             reached |= above;
-            known |= upper == kInfinity;
-            if (before != nullptr) known |= upper >= before[g];
             if (kAlso == AlsoFind::left_out) {
-                const Floats mass = exp_above((upper - unit.top[g]) * scale);
+                const Floats mass =
+                    fits ? CeilingsUnder::at(upper, factor[g], offset[g]) : exp_above((upper - unit.top[g]) * scale);
                 unit.lanes[g] += select(inside & ~above, mass, splat(0));
             }
         }
@@ -39,8 +46,15 @@ inline void collect(Unit& unit, const float* cut, const float* before) {
                 unit.lanes[g] = max(unit.lanes[g], select(sketched, estimate, splat(-kInfinity)));
             }
         }
-        uint32_t todo = bits(inside & reached & ~known);
-        for (; todo != 0; todo &= todo - 1) {
+        uint32_t todo = bits(inside & reached);
+        if (todo == 0) continue;  // most often
+        Ints known = {};
+        for (int64_t g = 0; g < group; ++g) {
+            const Floats upper = load<Floats>(unit.upper + g * unit.stride + i);
+            known |= upper == kInfinity;
+            if (before != nullptr) known |= upper >= before[g];
+        }
+        for (todo &= ~bits(known); todo != 0; todo &= todo - 1) {
             add_token(unit, i + __builtin_ctz(todo));
             unit.keys.prefetch(i + __builtin_ctz(todo));
         }

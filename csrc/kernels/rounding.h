@@ -2,6 +2,8 @@
 // these kernels. The proofs are in docs/guarantee.md, section "CPU backend".
 #pragma once
 
+#include <cmath>
+
 #include "kernels/simd.h"
 
 namespace louver::LOUVER_ISA {
@@ -71,6 +73,31 @@ LOUVER_INLINE Floats exp_above(Floats x) {
     const Floats scaled = clamped * 12102203.161561485f + 1065353216.0f + 256.0f;
     return x > 88.0f ? splat(kInfinity) : as_float(__builtin_convertvector(scaled, Ints));
 }
+
+// Upper bounds on e^(scale (x - top)) for x <= top, as exp_above has them, in half of the instructions: product,
+// difference and conversion are one multiplication and one addition. Proof: docs/guarantee.md, section 13.
+class CeilingsUnder {
+  public:
+    CeilingsUnder(float scale, float top) {
+        const double factor = static_cast<double>(static_cast<float>(static_cast<double>(scale) * 12102203.161561485));
+        const double shift = factor * static_cast<double>(top), size = std::fabs(shift);
+        factor_ = static_cast<float>(factor);
+        offset_ = static_cast<float>(1065353216.0 + 256.0 + size * 0x1p-22 - shift);
+        fits_ = size < 0x1p36;
+    }
+    float factor() const { return factor_; }
+    float offset() const { return offset_; }
+    // False: the margin would be too wide.
+    bool fits() const { return fits_; }
+    static LOUVER_INLINE Floats at(Floats x, Floats factor, Floats offset) {
+        constexpr float kLeast = kLowestExponent * 12102203.161561485f + 1065353216.0f + 256.0f;
+        return as_float(__builtin_convertvector(max(x * factor + offset, splat(kLeast)), Ints));
+    }
+
+  private:
+    float factor_, offset_;
+    bool fits_;
+};
 
 // 2^x within 2^-18 relative for -125 <= x <= 127; 2^-125 or so below. For weights, whose bounds pay for it.
 LOUVER_INLINE Floats exp2_of_weight(Floats x) {

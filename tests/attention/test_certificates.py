@@ -248,3 +248,24 @@ def test_a_dropped_share_that_underflows_is_not_nothing(backend):
     )
     assert not result.exact_mask[..., :256].any()
     assert (result.dropped_mass_bound > 0).all() and (result.certificate > 0).all()
+
+
+@backends
+@pytest.mark.parametrize("logit", [-6e3, -700.0, 0.0, 700.0, 5e3, 6e3])
+def test_dropped_mass_is_bounded_wherever_on_the_axis_the_scores_lie(backend, logit):
+    """A channel that all keys share moves every logit; what is dropped keeps its share."""
+    generator = torch.Generator().manual_seed(5)
+    keys, values, q = (torch.randn(1, 1, n, 64, generator=generator) for n in (1000, 1000, 1))
+    q, keys[..., 0] = q[:, :, 0], logit
+    q[..., 0] = 1
+    result = attend(
+        q,
+        SketchIndex.build(keys, values, backend=backend),
+        policy="budget:0.01",
+        softmax_scale=1.0,
+        record=True,
+    )
+    shares = (q.double()[:, :, None] @ keys.double().mT)[:, :, 0].softmax(-1)
+    dropped = torch.where(result.exact_mask, 0.0, shares).sum(-1)
+    assert not result.exact_mask.all() and (dropped <= result.dropped_mass_bound.double()).all()
+    assert (result.dropped_mass_bound < dropped + 0.5).all()
