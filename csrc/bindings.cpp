@@ -33,19 +33,12 @@ void bounds(const Sketch& sketch, const Array& q, const Array& keys, const Lengt
                  data<float>(known), estimate.shape(2), known.shape(2), num_threads);
 }
 
-// rule: (drop, share, count, tau or None, unread_mass, sinks, recent, keep_best).
 void step(const Sketch& sketch, const Array& q, const Array& keys, const Array& values, const Lengths& kv_start,
           const Lengths& kv_len, const MaybeArray& block_table, float softmax_scale, const nb::tuple& rule_values,
           const Array& out, const Array& evidence, const Array& counts, const MaybeArray& exact_mask, int num_threads,
           const std::string& isa) {
     const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
-    Rule rule;
-    rule.drop = nb::cast<bool>(rule_values[0]), rule.share = nb::cast<double>(rule_values[1]);
-    rule.count = nb::cast<int64_t>(rule_values[2]), rule.has_tau = !rule_values[3].is_none();
-    if (rule.has_tau) rule.tau = nb::cast<float>(rule_values[3]);
-    rule.unread_mass = nb::cast<float>(rule_values[4]), rule.sinks = nb::cast<int64_t>(rule_values[5]);
-    rule.recent = nb::cast<int64_t>(rule_values[6]), rule.keep_best = nb::cast<bool>(rule_values[7]);
-    require(rule.drop || sketch.view.coded_values, "a rule that drops nothing needs sketched values");
+    const Rule rule = rule_of(rule_values, sketch.view);
     const StepOutput output = output_of(problem, out, evidence, counts, exact_mask);
     const KernelTable& table = kernels(isa);
     nb::gil_scoped_release release;
@@ -149,25 +142,6 @@ void attend_dense(const Array& q, const Array& keys, const Array& values, const 
     table.attend_dense(problem, data<char>(out), data<float>(lse), num_threads);
 }
 
-// Whether no element has the exponent of infinity and NaN.
-template <class Bits>
-bool none_has(const Array& x, Bits exponent) {
-    const Bits* bits = data<const Bits>(x);
-    const size_t n = x.size();
-    Bits special = 0;  // as wide as what it looks at, so that the loop is one of vectors
-    for (size_t i = 0; i < n; ++i) special |= static_cast<Bits>((bits[i] & exponent) == exponent);
-    return special == 0;
-}
-
-bool is_finite(const Array& x) {
-    require(contiguous(x), "wanted a contiguous array");
-    switch (dtype_of(x)) {
-        case DType::float32: return none_has<uint32_t>(x, 0x7f800000u);
-        case DType::float16: return none_has<uint16_t>(x, 0x7c00u);
-        default: return none_has<uint16_t>(x, 0x7f80u);
-    }
-}
-
 nb::list instruction_sets() {
     nb::list out;
     int count = 0;
@@ -208,6 +182,7 @@ NB_MODULE(_native, m) {
           "out"_a.noconvert(), "lse"_a.noconvert(), "num_threads"_a, "isa"_a);
     m.def("is_finite", &is_finite, "x"_a.noconvert());
     bind_tiers(m);
+    bind_prepared(m);
     m.def("instruction_sets", &instruction_sets,
           "Instruction sets of this build that this machine can run, the best first.");
     m.def("thread_source", &thread_source,

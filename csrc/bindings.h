@@ -32,12 +32,18 @@ inline void require(bool condition, const char* message) {
     if (!condition) throw nb::value_error(message);
 }
 
-inline DType dtype_of(const Array& array) {
+inline std::optional<DType> known_dtype(const Array& array) {
     const auto type = array.dtype();
     if (type == nb::dtype<float>()) return DType::float32;
     if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && type.bits == 16) return DType::float16;
     if (type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16) return DType::bfloat16;
-    throw nb::value_error("wanted float32, float16 or bfloat16");
+    return std::nullopt;
+}
+
+inline DType dtype_of(const Array& array) {
+    const std::optional<DType> found = known_dtype(array);
+    require(found.has_value(), "wanted float32, float16 or bfloat16");
+    return *found;
 }
 
 inline bool contiguous(const Array& array) {
@@ -48,6 +54,25 @@ inline bool contiguous(const Array& array) {
         expected *= static_cast<int64_t>(array.shape(i));
     }
     return true;
+}
+
+// Whether no element has the exponent of infinity and NaN.
+template <class Bits>
+bool none_has(const Array& x, Bits exponent) {
+    const Bits* bits = data<const Bits>(x);
+    const size_t n = x.size();
+    Bits special = 0;  // as wide as what it looks at, so that the loop is one of vectors
+    for (size_t i = 0; i < n; ++i) special |= static_cast<Bits>((bits[i] & exponent) == exponent);
+    return special == 0;
+}
+
+inline bool is_finite(const Array& x) {
+    require(contiguous(x), "wanted a contiguous array");
+    switch (dtype_of(x)) {
+        case DType::float32: return none_has<uint32_t>(x, 0x7f800000u);
+        case DType::float16: return none_has<uint16_t>(x, 0x7c00u);
+        default: return none_has<uint16_t>(x, 0x7f80u);
+    }
 }
 
 inline CacheView view_of(const Array& array, const MaybeArray& block_table) {
@@ -145,21 +170,38 @@ inline Problem problem_of(const Array& q, const Array& keys, const MaybeArray& v
     return problem;
 }
 
+// rule: (drop, share, count, tau or None, unread_mass, sinks, recent, keep_best).
+inline Rule rule_of(const nb::tuple& values, const SketchView& sketch) {
+    Rule rule;
+    rule.drop = nb::cast<bool>(values[0]), rule.share = nb::cast<double>(values[1]);
+    rule.count = nb::cast<int64_t>(values[2]), rule.has_tau = !values[3].is_none();
+    if (rule.has_tau) rule.tau = nb::cast<float>(values[3]);
+    rule.unread_mass = nb::cast<float>(values[4]), rule.sinks = nb::cast<int64_t>(values[5]);
+    rule.recent = nb::cast<int64_t>(values[6]), rule.keep_best = nb::cast<bool>(values[7]);
+    require(rule.drop || sketch.coded_values, "a rule that drops nothing needs sketched values");
+    return rule;
+}
+
 // evidence: float32 [5, batch, num_q_heads], lse, certificate, arithmetic bound, dropped mass bound, tau.
-inline StepOutput output_of(const Problem& problem, const Array& out, const Array& evidence, const Array& counts,
-                            const MaybeArray& exact_mask) {
+inline StepOutput output_at(const Problem& problem, char* out, float* evidence, int64_t* counts) {
     const int64_t each = problem.batch * problem.num_q_heads;
     StepOutput output;
-    output.out = data<char>(out);
-    float* at = data<float>(evidence);
-    output.lse = at, output.certificate = at + each, output.arithmetic = at + 2 * each;
-    output.dropped = at + 3 * each, output.tau = at + 4 * each;
-    output.counts = data<int64_t>(counts);
+    output.out = out, output.counts = counts;
+    output.lse = evidence, output.certificate = evidence + each, output.arithmetic = evidence + 2 * each;
+    output.dropped = evidence + 3 * each, output.tau = evidence + 4 * each;
+    return output;
+}
+
+inline StepOutput output_of(const Problem& problem, const Array& out, const Array& evidence, const Array& counts,
+                            const MaybeArray& exact_mask) {
+    StepOutput output = output_at(problem, data<char>(out), data<float>(evidence), data<int64_t>(counts));
     if (exact_mask) output.exact_mask = data<uint8_t>(*exact_mask), output.mask_len = exact_mask->shape(2);
     return output;
 }
 
 // The ops between bounds and a step, which policies without a rule go through (bindings_tiers.cpp).
 void bind_tiers(nb::module_& m);
+// Steps that are settled but for the query (bindings_prepared.cpp).
+void bind_prepared(nb::module_& m);
 
 }  // namespace louver

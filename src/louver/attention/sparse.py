@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from louver.attention.dense import attend_everything
+from louver.attention.dense import DenseResult, attend_everything
 from louver.attention.heads import attend_by_heads, head_rules
 from louver.attention.looks import attend_in_looks
+from louver.attention.prepared import attend_prepared, keep_prepared
 from louver.attention.retrieval import attend_retrieval
 from louver.attention.within import attend_within
 from louver.errors import PolicyError, ShapeError
@@ -52,7 +53,10 @@ def attend(
         ShapeError, NonFiniteError: the query does not fit the index, or is not finite.
         PolicyError: the policy needs sketched values and the index has none.
     """
-    policy = parse(policy)
+    ready = isinstance(index, SketchIndex) and values is None and not record  # for a step that attention/prepared.py keeps
+    if ready and (done := attend_prepared(q, index, policy, softmax_scale, keep_best)) is not None:
+        return done
+    given, policy = policy, parse(policy)
     index.refresh()
     keys, own = index.store.keys, index.store.values
     check_query(q, keys, _finite_check(index))
@@ -67,7 +71,10 @@ def attend(
     if isinstance(policy, Dense):
         return attend_everything(q, index.store, values, scale, record)
     if isinstance(index, SketchIndex):
-        return _attend_sketch(q, index, keys, values, own_values, policy, scale, keep_best, record)
+        result = _attend_sketch(q, index, keys, values, own_values, policy, scale, keep_best, record)
+        if ready and index.backend == "cpu" and not isinstance(result, DenseResult):
+            keep_prepared(q, index, given, softmax_scale, keep_best)
+        return result
     return attend_retrieval(q, index, values, policy, scale, keep_best, record)
 
 

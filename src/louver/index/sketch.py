@@ -4,8 +4,10 @@ Guarantee: exact. A search returns every key whose real score against the stored
 an eighth of the keys' 16-bit bytes and reads in full only the keys the bound can't rule out; appending encodes a block once.
 """
 
-from dataclasses import replace
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import fields, replace
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Int
@@ -21,6 +23,14 @@ from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau
 from louver.sketch.accounting import key_block_bytes
 from louver.sketch.layout import Sketch, SketchConfig, empty_sketch
+
+# Of an index over a DeviceStore: what stays the same object as long as its tokens stay where they are and mean the same. The buffers
+# of keys and values come last.
+standing: Callable[["SketchIndex"], tuple] = attrgetter(
+    *("store", "backend", "_encoded_start", "sketch", "store._kv_start"),
+    *(f"sketch.{field.name}" for field in fields(Sketch)),
+    *("store._keys", "store._values"),
+)
 
 
 class SketchIndex:
@@ -38,6 +48,10 @@ class SketchIndex:
         self._weight: Tensor | None = None
         self._encoded_start: Tensor | None = None
         self._settled: tuple[Tensor, int, list[int], list[int]] | None = None  # what the host knows of the last refresh
+        self.prepared: dict[Any, Any] = {}  # steps that attention keeps ready (attention/prepared.py); they hold this memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"prepared": {}}  # a copy has memory of its own
 
     @classmethod
     def build(
@@ -103,6 +117,7 @@ class SketchIndex:
         if full and bool(((end - start) // self.config.frame_len > sketch.num_blocks).any()):
             if values is not None and not sketch.num_blocks.any():
                 self._fix_value_mean(sketch, values, start, end)
+            self.prepared.clear()  # they would keep what the sketch outgrows
             sketch.reserve(full)
             get_ops(self.backend).encode_block(keys, values, sketch, start, end)
         if bool((end == keys.shape[2]).all()):
@@ -223,6 +238,7 @@ class SketchIndex:
         """Forget every token from position kv_len on; blocks that lose a token open again."""
         self.store.truncate(kv_len)
         self._settled = None
+        self.prepared.clear()
         if self.sketch is not None:
             full = ((self.store.kv_len - self.store.kv_start) // self.config.frame_len).clamp_min(0)
             self.sketch.num_blocks = torch.minimum(self.sketch.num_blocks, full.to(torch.int32))
@@ -231,6 +247,7 @@ class SketchIndex:
         """Row i becomes a copy of row ids[i]."""
         self.store.select_batch(ids)
         self._settled = None
+        self.prepared.clear()
         if self.sketch is not None:
             self.sketch = self.sketch.select_batch(ids)
         if self._weight is not None:
@@ -264,3 +281,4 @@ class SketchIndex:
         self.sketch = Sketch(config=self.config, head_dim=self.store.keys.shape[3], **held)
         self.backend = resolve_backend(self._asked_backend, self.store.keys.device)
         self._settled = None
+        self.prepared.clear()

@@ -172,6 +172,12 @@ class DeviceStore:
         assert self._keys is not None and self._values is not None and not self._borrowed, "buffers of the store's own"
         return self._keys, self._values
 
+    def addresses(self) -> tuple[int, int, int, int]:
+        """Where the keys, the values, ``kv_start`` and ``kv_len`` of a store that holds all of them are now."""
+        keys, values, start, end = self._keys, self._values, self._kv_start, self._kv_len
+        assert keys is not None and values is not None and start is not None and end is not None
+        return keys.data_ptr(), values.data_ptr(), start.data_ptr(), end.data_ptr()
+
     def takes(self, keys: Tensor, values: Tensor) -> bool:
         """Whether one token a row like these can be written into ``buffers`` as they are, for ``advance`` to take in."""
         held, room = self._keys, self._values
@@ -294,10 +300,10 @@ def version(x: Tensor) -> int:
 
 
 def _per_row(value: Tensor | int, like: Tensor) -> Tensor:
-    """An int32 [batch] tensor on like's device."""
+    """A contiguous int32 [batch] tensor on like's device."""
     batch = like.shape[0]
     if isinstance(value, int):
         return torch.full((batch,), value, dtype=torch.int32, device=like.device)
     if value.shape != (batch,):
         raise ShapeError(f"a per-row length has shape {tuple(value.shape)}; wanted [batch] = ({batch},)")
-    return value.to(device=like.device, dtype=torch.int32)
+    return value.to(device=like.device, dtype=torch.int32).contiguous()

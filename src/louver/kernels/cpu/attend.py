@@ -83,10 +83,15 @@ def step(
     room = Room(q, keys, record, block_table)
     native.load().step(
         native.sketch_view(sketch), share(q.contiguous()), share(keys), share(values), share(kv_start), share(kv_len),
-        share(block_table), softmax_scale, (rule.drop, rule.share, rule.count, rule.tau, rule.unread_mass, sinks, recent, keep_best),
-        *room.shared(), native.num_threads(), native.isa,
+        share(block_table), softmax_scale, rule_values(rule, sinks, recent, keep_best), *room.shared(),
+        native.num_threads(), native.isa,
     )  # fmt: skip
     return room.output()
+
+
+def rule_values(rule: CutRule, sinks: int, recent: int, keep_best: bool) -> tuple:
+    """A rule as the extension takes it."""
+    return rule.drop, rule.share, rule.count, rule.tau, rule.unread_mass, sinks, recent, keep_best
 
 
 class Room:
