@@ -8,6 +8,8 @@ import json
 import torch
 
 import louver
+from louver.attention.packed import PackedResult
+from louver.kernels.cpu import native
 from louver.kv import DeviceStore
 
 KEYS = torch.randn(1, 2, 40, 64)
@@ -23,6 +25,12 @@ def a_layer():
     layer = louver.LouverAttention("exact:0.1")
     layer.append(KEYS, KEYS)
     return layer
+
+
+ready = louver.SketchIndex.build(torch.randn(1, 2, 4096, 64), torch.randn(1, 2, 4096, 64))
+for _ in range(3):
+    last = louver.attend(Q, ready)
+assert isinstance(last, PackedResult) or not native.available(), "a step is ready (attention/prepared.py)"
 
 
 nan_query, inf_query = Q.clone(), Q.clone()
@@ -41,6 +49,12 @@ CALLS = {
     "query with NaN": lambda: louver.attend(nan_query, index),
     "query with infinity": lambda: index.search(inf_query, TAU),
     "query with NaN in a layer": lambda: a_layer().attend(nan_query, 0.125),
+    "query with NaN, a step ready": lambda: louver.attend(nan_query, ready),
+    "query of rank 2, a step ready": lambda: louver.attend(Q[0], ready),
+    "query in float64, a step ready": lambda: louver.attend(Q.double(), ready),
+    "query in int64, a step ready": lambda: louver.attend(Q.long(), ready),
+    "query on another device, a step ready": lambda: louver.attend(Q.to(meta), ready),
+    "query with its axes swapped, a step ready": lambda: louver.attend(torch.randn(1, 3, 64), ready),
     "query with NaN, dense": lambda: louver.attend(nan_query, index, policy="dense"),
     "keys of rank 3": lambda: louver.SketchIndex.build(KEYS[0]),
     "keys in int8": lambda: louver.FlatIndex.build(KEYS.to(torch.int8)),

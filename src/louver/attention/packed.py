@@ -95,7 +95,7 @@ class PackedResult(AttendResult):
     def __init__(self, piece: Any, form: Form, out: Tensor | None = None) -> None:
         if out is None:
             out = piece.as_strided(*form.out)
-        self.__dict__.update(out=out, exact_mask=None, form=form, _piece=piece)
+        self.__dict__.update(out=out, form=form, _piece=piece)
 
     @property
     def packed(self) -> Tensor:

@@ -1,20 +1,18 @@
 """The CPU's fused step, kept ready with its index: between two steps of a model only the query and a token are new.
 
-What a step follows from is looked at before each: the same policy and arguments, the same objects (``standing``: the store and its
-buffers, the sketch and its tensors), the same switches. What the host changes within those (where rows begin and end, what is encoded)
-the compiled step reads anew. Where anything differs, and where a query is not what was prepared for, the step goes the long way,
+What a step follows from is looked at before each: the same policy and arguments, the same objects (buffers, the sketch and its tensors),
+the same switches. Where rows begin and end, and what is encoded, the compiled step reads anew (csrc/bindings_prepared.cpp). Where anything differs, and where a query is not what was prepared for, the step goes the long way,
 which finds out and says so; so do records, foreign values, several tokens, policies without a rule, and whatever is attended densely.
 """
 
 from collections.abc import Callable
-from operator import is_
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import ref
 
 import torch
 
 from louver.attention.packed import Form, PackedResult, form_of
-from louver.index.sketch import SketchIndex, standing
+from louver.index.sketch import SketchIndex
 from louver.kernels import crossover
 from louver.kernels.cpu import native
 from louver.kernels.cpu.native import share
@@ -29,15 +27,52 @@ from louver.sketch.accounting import byte_weights
 MOST = 8  # policies and arguments that an index is kept ready for
 
 
-class Prepared(NamedTuple):
-    """One step, and what it follows from."""
+class Prepared:
+    """One step, and what it follows from, as it was when the step was taken the long way."""
 
-    policy: str | Policy  # as it was given: while it is held, nothing else has its id
-    standing: list
-    buffers: tuple[ref, ref]  # the keys' and values', which may be given back while the step is kept
-    switches: tuple[str, bool]
-    step: Callable[..., Any] | None  # None: asked for once so far
-    form: Form
+    __slots__ = (
+        "backend",
+        "dispatch",
+        "encoded",
+        "form",
+        "isa",
+        "keys",
+        "policy",
+        "rows",
+        "step",
+        "store",
+        "values",
+        "view",
+    )
+
+    def __init__(self, policy: str | Policy, index: Any, form: Form) -> None:
+        store = index.store
+        self.policy = policy  # as it was given: while it is held, nothing else has its id
+        self.store, self.backend, self.encoded = store, index.backend, index._encoded_start
+        self.view = native.sketch_view(index.sketch)
+        self.rows, self.keys, self.values = (
+            store._kv_start,
+            ref(store._keys),
+            ref(store._values),
+        )  # not to keep old buffers
+        self.isa, self.dispatch = native.isa, crossover.enabled
+        self.form = form
+        self.step: Callable[..., Any] | None = None  # asked for once so far
+
+    def stands(self, index: Any) -> bool:
+        """Whether all of it is as it was. Fields of others, not their properties: between two layers each call takes 5 µs."""
+        store = index.store
+        try:
+            return (
+                index.sketch._native_view is self.view  # gone when a tensor of the sketch was replaced
+                and store._keys is self.keys()
+                and store._values is self.values()
+                and index.backend is self.backend
+                and native.isa is self.isa
+                and crossover.enabled is self.dispatch
+            )
+        except AttributeError:  # nothing is sketched
+            return False
 
 
 def attend_prepared(
@@ -45,7 +80,7 @@ def attend_prepared(
 ) -> AttendResult | None:
     """The step, if it is ready; None: it is not, and nothing happened."""
     held = index.prepared.get((policy if type(policy) is str else id(policy), softmax_scale, keep_best))
-    if held is None or held.step is None or not _stands(held, index):
+    if held is None or held.step is None or not held.stands(index):
         return None
     store: Any = index.store
     try:
@@ -62,36 +97,19 @@ def keep_prepared(
     """Get ready for more steps like the one just taken: at the second, for one alone would not pay."""
     parsed, sketch, store = parse(policy), index.sketch, index.store
     rule = parsed.rule() if isinstance(parsed, BasePolicy) else None  # frozen, so the rule stays
-    plain = softmax_scale is None or type(softmax_scale) is float
+    plain = softmax_scale is None or isinstance(softmax_scale, float)
     if rule is None or sketch is None or sketch.pages is not None or not plain or not isinstance(store, DeviceStore):
         return
-    *now, keys, values = standing(index)
-    if keys is None or values is None:
-        return
     key = (policy if type(policy) is str else id(policy), softmax_scale, keep_best)
-    held = index.prepared.get(key)
+    before = index.prepared.get(key)
+    keys, values = store.whole
     weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
-    form, _ = form_of(parts_of(q, keys.shape[1]), weights, sketch.head_dim, parsed.drops)
-    step = None
-    if held is not None and held.form == form and _stands(held, index):
+    form = form_of(parts_of(q, keys.shape[1]), weights, sketch.head_dim, parsed.drops)[0]
+    now = Prepared(policy, index, form)
+    if before is not None and before.form == form and before.stands(index):
         scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-        place = (store.kv_start, scale, parsed.sinks, parsed.recent, keep_best)
-        step = prepare(q, keys, values, sketch, rule, *place)
+        ends = (parsed.sinks, parsed.recent, keep_best)
+        now.step = prepare(q, keys, values, sketch, rule, store.kv_start, scale, *ends)
     if len(index.prepared) >= MOST:
         index.prepared.clear()
-    switches = (native.isa, crossover.enabled)
-    index.prepared[key] = Prepared(policy, now, (ref(keys), ref(values)), switches, step, form)
-
-
-def _stands(held: Prepared, index: SketchIndex) -> bool:
-    """Whether all that the step follows from is as it was."""
-    try:
-        *now, keys, values = standing(index)
-    except AttributeError:  # another kind of store, or nothing sketched
-        return False
-    return (
-        all(map(is_, held.standing, now))
-        and held.buffers[0]() is keys
-        and held.buffers[1]() is values
-        and held.switches == (native.isa, crossover.enabled)
-    )
+    index.prepared[key] = now

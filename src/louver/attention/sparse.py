@@ -53,7 +53,9 @@ def attend(
         ShapeError, NonFiniteError: the query does not fit the index, or is not finite.
         PolicyError: the policy needs sketched values and the index has none.
     """
-    ready = isinstance(index, SketchIndex) and values is None and not record  # for a step that attention/prepared.py keeps
+    ready = (
+        isinstance(index, SketchIndex) and values is None and not record
+    )  # for a step that attention/prepared.py keeps
     if ready and (done := attend_prepared(q, index, policy, softmax_scale, keep_best)) is not None:
         return done
     given, policy = policy, parse(policy)

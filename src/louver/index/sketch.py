@@ -4,9 +4,7 @@ Guarantee: exact. A search returns every key whose real score against the stored
 an eighth of the keys' 16-bit bytes and reads in full only the keys the bound can't rule out; appending encodes a block once.
 """
 
-from collections.abc import Callable
-from dataclasses import fields, replace
-from operator import attrgetter
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -24,14 +22,6 @@ from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query
 from louver.sketch.accounting import key_block_bytes
 from louver.sketch.layout import Sketch, SketchConfig, empty_sketch
 
-# Of an index over a DeviceStore: what stays the same object as long as its tokens stay where they are and mean the same. The buffers
-# of keys and values come last.
-standing: Callable[["SketchIndex"], tuple] = attrgetter(
-    *("store", "backend", "_encoded_start", "sketch", "store._kv_start"),
-    *(f"sketch.{field.name}" for field in fields(Sketch)),
-    *("store._keys", "store._values"),
-)
-
 
 class SketchIndex:
     """A sketch of a store's keys (and values), grown by whole blocks and never rebuilt."""
@@ -48,7 +38,9 @@ class SketchIndex:
         self._weight: Tensor | None = None
         self._encoded_start: Tensor | None = None
         self._settled: tuple[Tensor, int, list[int], list[int]] | None = None  # what the host knows of the last refresh
-        self.prepared: dict[Any, Any] = {}  # steps that attention keeps ready (attention/prepared.py); they hold this memory
+        self.prepared: dict[
+            Any, Any
+        ] = {}  # steps that attention keeps ready (attention/prepared.py); they hold this memory
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"prepared": {}}  # a copy has memory of its own
@@ -113,11 +105,12 @@ class SketchIndex:
         if self._encoded_start is None or not torch.equal(self._encoded_start, start):
             sketch.num_blocks.zero_()  # blocks count from a row's first valid token
             self._encoded_start = start.clone()
+            self.prepared.clear()  # they tell by where rows begin
         full = int(((end - start) // self.config.frame_len).max())
         if full and bool(((end - start) // self.config.frame_len > sketch.num_blocks).any()):
             if values is not None and not sketch.num_blocks.any():
                 self._fix_value_mean(sketch, values, start, end)
-            self.prepared.clear()  # they would keep what the sketch outgrows
+            self.prepared.clear()  # they would keep what it outgrows
             sketch.reserve(full)
             get_ops(self.backend).encode_block(keys, values, sketch, start, end)
         if bool((end == keys.shape[2]).all()):
@@ -238,7 +231,6 @@ class SketchIndex:
         """Forget every token from position kv_len on; blocks that lose a token open again."""
         self.store.truncate(kv_len)
         self._settled = None
-        self.prepared.clear()
         if self.sketch is not None:
             full = ((self.store.kv_len - self.store.kv_start) // self.config.frame_len).clamp_min(0)
             self.sketch.num_blocks = torch.minimum(self.sketch.num_blocks, full.to(torch.int32))

@@ -172,6 +172,12 @@ class DeviceStore:
         assert self._keys is not None and self._values is not None and not self._borrowed, "buffers of the store's own"
         return self._keys, self._values
 
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with whatever room is behind them, to be read only."""
+        assert self._keys is not None and self._values is not None, "values are held"
+        return self._keys, self._values
+
     def addresses(self) -> tuple[int, int, int, int]:
         """Where the keys, the values, ``kv_start`` and ``kv_len`` of a store that holds all of them are now."""
         keys, values, start, end = self._keys, self._values, self._kv_start, self._kv_len

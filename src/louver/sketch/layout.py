@@ -35,6 +35,7 @@ FALLS = 64  # scales a channel may have: its block's widest, and eighths of an o
 CENTERS = 512  # a center is a whole number of its channel's half scales, from -CENTERS to CENTERS - 1
 NO_BOUND = 15  # radius code of a key that must always be exact
 MOST_TOKENS = 1024  # of a block: sums over one are proven up to here (docs/guarantee.md, 13)
+HANDLE = "_native_view"  # under which the backend of compiled kernels keeps its own view of a sketch
 LARGEST_FRAMED = 60000.0  # a key or value with a larger magnitude than this in any channel is always exact
 
 
@@ -89,6 +90,11 @@ class Sketch:
     # Who owns blocks: a row, or, where ``pages`` is given (int32), a page that rows may share. Block b of row i is then block
     # b % capacity of page pages[i, b // capacity].
     pages: Int[Tensor, "batch table_width"] | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Set a field; what a backend keeps of the sketch's memory ends with it."""
+        object.__setattr__(self, name, value)
+        self.__dict__.pop(HANDLE, None)
 
     @property
     def dims(self) -> int:

@@ -135,7 +135,7 @@ class _Totals:
         self.sums: Tensor | None = None  # float64: relative certificate, dropped mass bound
         self.worst: Tensor | None = None
         self._pending: list[_Figures] = []
-        self._packed: dict[Form, list[Tensor]] = {}  # results in one piece
+        self._packed: dict[Form, list[PackedResult]] = {}
         self._dense: list[tuple[Tensor, int, int]] = []  # arguments of dense_stats
         self._waiting = 0
         self._waiting_bytes = 0
@@ -146,8 +146,8 @@ class _Totals:
         if isinstance(result, DenseResult):  # its certificates are 0
             self._dense.append(result.read)
         elif isinstance(result, PackedResult):
-            self._packed.setdefault(result.form, []).append(result.packed)
-            self._waiting_bytes += result.packed.nbytes
+            self._packed.setdefault(result.form, []).append(result)
+            self._waiting_bytes += result.out.nbytes
         else:
             self._pending.append(_Figures(result.stats, result.out, result.certificate, result.dropped_mass_bound))
             self._waiting_bytes += result.out.nbytes
@@ -168,7 +168,7 @@ class _Totals:
         for some in kinds.values():
             self._take(some)
         for form, pieces in packed.items():
-            parts = {name: x.flatten(0, 1) for name, x in form.unpack(torch.stack(pieces)).items()}
+            parts = {name: x.flatten(0, 1) for name, x in form.unpack(torch.stack([x.packed for x in pieces])).items()}
             self._take([_Figures(form.stats(parts), parts["out"], parts["certificate"], parts["dropped_mass_bound"])])
         for shape, lengths in shapes.items():
             nothing = torch.zeros(2, dtype=torch.float64, device=lengths[0].device)

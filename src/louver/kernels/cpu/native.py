@@ -3,7 +3,7 @@
 import importlib
 import os
 from functools import cache
-from operator import attrgetter, is_
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
-from louver.sketch.layout import Sketch
+from louver.sketch.layout import HANDLE, Sketch
 
 try:
     _native: ModuleType | None = importlib.import_module("louver.kernels.cpu._native")
@@ -64,13 +64,11 @@ def share(x: Tensor | None) -> Any:
 
 def sketch_view(sketch: Sketch) -> Any:
     """The native view of a sketch, made again when one of its tensors was replaced."""
-    held = _tensors_of(sketch)
-    cached = sketch.__dict__.get("_native_view")
-    if cached is not None and all(map(is_, cached[0], held)):
-        return cached[1]
-    config = sketch.config
-    view = load().Sketch(list(held), config.frame_len, sketch.head_dim, METRICS[config.metric], config.clip)
-    sketch.__dict__["_native_view"] = (held, view)
+    view = sketch.__dict__.get(HANDLE)
+    if view is None:
+        config, held = sketch.config, list(_tensors_of(sketch))
+        view = load().Sketch(held, config.frame_len, sketch.head_dim, METRICS[config.metric], config.clip)
+        sketch.__dict__[HANDLE] = view
     return view
 
 
