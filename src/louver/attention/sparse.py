@@ -53,11 +53,11 @@ def attend(
         ShapeError, NonFiniteError: the query does not fit the index, or is not finite.
         PolicyError: the policy needs sketched values and the index has none.
     """
-    ready = (
-        isinstance(index, SketchIndex) and values is None and not record
-    )  # for a step that attention/prepared.py keeps
-    if ready and (done := attend_prepared(q, index, policy, softmax_scale, keep_best)) is not None:
-        return done
+    own_alone = values is None and not record
+    if own_alone and isinstance(index, SketchIndex):
+        done = attend_prepared(q, index, policy, softmax_scale, keep_best)
+        if done is not None:
+            return done
     given, policy = policy, parse(policy)
     index.refresh()
     keys, own = index.store.keys, index.store.values
@@ -74,7 +74,7 @@ def attend(
         return attend_everything(q, index.store, values, scale, record)
     if isinstance(index, SketchIndex):
         result = _attend_sketch(q, index, keys, values, own_values, policy, scale, keep_best, record)
-        if ready and index.backend == "cpu" and not isinstance(result, DenseResult):
+        if own_alone and index.backend == "cpu" and not isinstance(result, DenseResult):
             keep_prepared(q, index, given, softmax_scale, keep_best)
         return result
     return attend_retrieval(q, index, values, policy, scale, keep_best, record)
