@@ -73,6 +73,19 @@ def radius_codes(radius, block, t, s, L: tl.constexpr, SLICES: tl.constexpr):
 
 
 @triton.jit
+def take_turn():
+    """Of a kernel that may start while its predecessor ends (launch_pdl): wait for all that came before, and let the next one start."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; // $0",
+        "=r,~{memory}",
+        [],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def exp(x):
     """e^x within four units in the last place."""
     return tl.exp2(x * LOG2E)

@@ -101,7 +101,8 @@ PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_...: may start whil
 
 
 @lru_cache(maxsize=64)
-def _starts_early(device: int) -> bool:
+def starts_early(device: int) -> bool:
+    """Whether a kernel can be launched on this device while its predecessor ends."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -162,7 +163,7 @@ def launch(
         shared_bytes,
         stream,
         ctypes.pointer(_EARLY),
-        int(early and _starts_early(torch.cuda.current_device())),
+        int(early and starts_early(torch.cuda.current_device())),
     )
     _check(driver().cuLaunchKernelEx(ctypes.byref(config), kernel, held.pointers, None), "launch")
 

@@ -256,11 +256,13 @@ def attend_listed(
             plan.num_kv_heads, room, places, plan.scale,
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
+    early = x.is_cuda and runtime.starts_early(x.get_device())
     exact_kernel[(plan.rows, exacts)](
         x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask, w.finished,
         plan.num_kv_heads, room, places, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
         0 if mask is None else mask.shape[2], **tile, DROP=plan.rule.drop, RECORD=mask is not None,
-        RANKED_BEFORE=ranked or scored, AGAIN=again, BLOCK=32, num_stages=1 if ranked or scored else 3,
+        RANKED_BEFORE=ranked or scored, AGAIN=again, EARLY=early, BLOCK=32, num_stages=1 if ranked or scored else 3,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
 
