@@ -118,9 +118,9 @@ def exact_kernel(
     num_kv_heads, room, scored, scale, slack_share, weight_slack, mask_stride,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, DROP: tl.constexpr, RECORD: tl.constexpr,
-    RANKED_BEFORE: tl.constexpr, AGAIN: tl.constexpr, EARLY: tl.constexpr,
+    RANKED_BEFORE: tl.constexpr, AGAIN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
+    if OVERLAPS:
         take_turn()
     pid = tl.program_id(0)
     if AGAIN:  # noqa: SIM102 - decided as this is compiled; the next only as it runs

@@ -80,6 +80,12 @@ def longest_row(keys: Tensor, block_table: Tensor | None = None) -> int:
     return rounded(keys.shape[2] * (1 if block_table is None else block_table.shape[1]))
 
 
+def early_options(x: Tensor) -> dict[str, bool]:
+    """Options of a Triton kernel that begins with take_turn(), so that it may start while its predecessor ends where a card can do that."""
+    early = x.is_cuda and runtime.starts_early(x.get_device())
+    return {"OVERLAPS": early, **({"launch_pdl": True} if early else {})}
+
+
 def num_splits(rows: int, most: int, per_multiprocessor: int) -> int:
     """A power of two: enough programs to fill the device a few times over, no more than there is work for."""
     wanted = max(1, NUM_MULTIPROCESSORS * per_multiprocessor // rows)

@@ -26,7 +26,7 @@ from louver.kernels.ops import TierOutput
 from louver.kernels.triton import native, step
 from louver.kernels.triton.common import BINS, COUNTERS, CROWDED
 from louver.kernels.triton.dense import attend_crowded, attend_everything
-from louver.kernels.triton.launch import buffers, cache_arguments, longest_row, num_splits, workspace
+from louver.kernels.triton.launch import buffers, cache_arguments, early_options, longest_row, num_splits, workspace
 from louver.kernels.triton.plan import SHARE_BITS, TOLERANCE, Plan, plan_for
 from louver.kernels.triton.thresholds import first_kernel, last_kernel, second_kernel
 from louver.kernels.triton.weigh import list_new_kernel, weigh_kernel
@@ -149,6 +149,7 @@ def _narrow(
     shape = {"G": plan.group, "D": sketch.dims, "DP": triton.next_power_of_2(sketch.dims), "L": frame_len}
     paged = plan.block_table is not None
     held_by = {"HELD": held, "BASED": native_scan}
+    early = early_options(x)
     chunk = max(1, 512 // triton.next_power_of_2(frame_len))
     off = UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20  # what exact_kernel allows a weight for rounding; attend.cu less
 
@@ -156,29 +157,29 @@ def _narrow(
         list_new_kernel[(plan.rows, triton.cdiv(sketch.capacity, chunk))](
             w.upper, sketch.value_spread, sketch.num_blocks, w.cuts, before, w.listed, w.counters, w.below, plan.num_kv_heads,
             sketch.capacity, plan.room, G=plan.group, L=frame_len, LP=triton.next_power_of_2(frame_len), CHUNK=chunk,
-            NUM_COUNTERS=COUNTERS, LAST=last, num_warps=4,
+            NUM_COUNTERS=COUNTERS, LAST=last, num_warps=4, **early,
         )  # fmt: skip
         weigh_kernel[(plan.rows, splits)](
             x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, ceilings, floors, best, sums, *plan.place,
             plan.num_kv_heads, plan.room, plan.scale, slack_share, off, **shape, GP=triton.next_power_of_2(plan.group), BLOCK=64,
             NUM_COUNTERS=COUNTERS, PAGED=paged, LAST=last, COUNTED=asked["COUNTED"], NEAR=asked["NEAR"], MASS=asked["MASS"],
-            num_warps=4,
+            num_warps=4, **early,
         )  # fmt: skip
 
     first_kernel[(heads,)](
         x, *cache, *scan, w.low, given, w.cuts, before, w.counters, ceilings, floors, best, *plan.place, plan.num_kv_heads, stride,
         sinks, recent, plan.scale, slack_share, ratio, *choice, **shape, **held_by, **asked, BLOCK=64,
-        NUM_COUNTERS=COUNTERS, PAGED=paged, num_warps=8,
+        NUM_COUNTERS=COUNTERS, PAGED=paged, num_warps=8, **early,
     )  # fmt: skip
     score_what_reaches(last=False)
     second_kernel[(heads,)](
         *scan, w.low, given, w.cuts, before, w.counters, floors, best, sums, *plan.place, plan.num_kv_heads, stride,
-        plan.scale, nats, ratio, *choice, G=plan.group, L=frame_len, **held_by, SPLITS=splits, NUM_COUNTERS=COUNTERS, **asked, num_warps=8,
+        plan.scale, nats, ratio, *choice, G=plan.group, L=frame_len, **held_by, SPLITS=splits, NUM_COUNTERS=COUNTERS, **asked, num_warps=8, **early,
     )  # fmt: skip
     score_what_reaches(last=True)
     last_kernel[(heads,)](
         w.low, given, w.cuts, w.counters, ceilings, floors, best, sums, w.below, w.tau, promised, *plan.place,
         plan.num_kv_heads, plan.room, plan.scale, nats, ratio, *choice, G=plan.group, L=frame_len, SPLITS=splits,
-        NUM_COUNTERS=COUNTERS, **asked, num_warps=8,
+        NUM_COUNTERS=COUNTERS, **asked, num_warps=8, **early,
     )  # fmt: skip
     return promised

@@ -31,7 +31,7 @@ from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
 from louver.kernels.triton.finish import finish_kernel
-from louver.kernels.triton.launch import cache_arguments, longest_row, num_splits
+from louver.kernels.triton.launch import cache_arguments, early_options, longest_row, num_splits
 from louver.kernels.triton.plan import Plan, plan_for
 from louver.kernels.triton.resolve import resolve_kernel
 from louver.kernels.triton.scan import SAMPLE, prepare_kernel, scan_kernel
@@ -256,13 +256,12 @@ def attend_listed(
             plan.num_kv_heads, room, places, plan.scale,
             slack_share, *plan.choice[:3], **tile, BLOCK=64,
         )  # fmt: skip
-    early = x.is_cuda and runtime.starts_early(x.get_device())
     exact_kernel[(plan.rows, exacts)](
         x, *cache, w.listed, w.list_scores, w.list_slacks, w.counters, w.low, w.tau, *plan.place, w.exact_out, w.exact_sums, w.counters if mask is None else mask, w.finished,
         plan.num_kv_heads, room, places, plan.scale, slack_share, UNIT_OF[plan.values.dtype] * 1.01 + 2.0**-20,
         0 if mask is None else mask.shape[2], **tile, DROP=plan.rule.drop, RECORD=mask is not None,
-        RANKED_BEFORE=ranked or scored, AGAIN=again, EARLY=early, BLOCK=32, num_stages=1 if ranked or scored else 3,
-        **({"launch_pdl": True} if early else {}),
+        RANKED_BEFORE=ranked or scored, AGAIN=again, BLOCK=32, num_stages=1 if ranked or scored else 3,
+        **early_options(x),
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from louver.kernels.triton.common import (
     STEPS,
     WEIGHED,
     exp,
+    take_turn,
     token_offset,
 )
 
@@ -72,13 +73,15 @@ def first_kernel(
     hist, base, mass_below, low, given, cuts, before, counters, ceilings, floors, best, num_blocks, kv_start, kv_len,
     num_kv_heads, hist_stride, sinks, recent, scale, slack_share, ratio, share, tolerance, count,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr,
-    BLOCK: tl.constexpr, NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr, NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """What to score first: keys that no outcome could rule out, or that settle what the best is. Clears what weighing counts into.
 
     Nothing rests on the choice: the second look's threshold is one whatever was scored. Where three fifths of the keys are needed in any
     case, no more is looked at: as a rule four fifths are in the end.
     """
+    if OVERLAPS:
+        take_turn()
     pid = tl.program_id(0)
     kv = pid // G
     row = kv // num_kv_heads
@@ -135,9 +138,11 @@ def second_kernel(
     hist, base, mass_below, low, given, cuts, before, counters, floors, best, sums, num_blocks, kv_start, kv_len,
     num_kv_heads, hist_stride, scale, nats, ratio, share, tolerance, count,
     G: tl.constexpr, L: tl.constexpr, HELD: tl.constexpr, BASED: tl.constexpr, SPLITS: tl.constexpr, NUM_COUNTERS: tl.constexpr,
-    COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
+    COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Lower the cuts to where nothing that is asked for can lie below them, now that the best keys are scored."""
+    if OVERLAPS:
+        take_turn()
     pid = tl.program_id(0)
     kv = pid // G
     row = kv // num_kv_heads
@@ -177,7 +182,7 @@ def last_kernel(
     low, given, cuts, counters, ceilings, floors, best, sums, below, tau, promised, num_blocks, kv_start, kv_len,
     num_kv_heads, room, scale, nats, ratio, share, tolerance, count,
     G: tl.constexpr, L: tl.constexpr, SPLITS: tl.constexpr, NUM_COUNTERS: tl.constexpr,
-    COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr,
+    COUNTED: tl.constexpr, NEAR: tl.constexpr, MASS: tl.constexpr, GIVEN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Every key that may be asked for is scored: tau = what a score must reach to be kept, promised = what no lost key's score reaches.
 
@@ -185,6 +190,8 @@ def last_kernel(
     list overflowed, and where the row is longer than its sketch by more than the list has places for. Under MASS dense.py does that, and
     the kernels until then find an empty list; without it the list is declared too long, and they do it themselves.
     """
+    if OVERLAPS:
+        take_turn()
     pid = tl.program_id(0)
     kv = pid // G
     row = kv // num_kv_heads

@@ -21,6 +21,7 @@ from louver.kernels.triton.common import (
     STEPS,
     WEIGHED,
     exp,
+    take_turn,
     token_offset,
 )
 
@@ -30,12 +31,14 @@ HIGHEST = tl.constexpr(1e9)  # codes: far beyond any grid, and a whole number of
 @triton.jit
 def list_new_kernel(
     upper, value_spread, num_blocks, cuts, before, listed, counters, below, num_kv_heads, capacity, room,
-    G: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CHUNK: tl.constexpr, NUM_COUNTERS: tl.constexpr, LAST: tl.constexpr,
+    G: tl.constexpr, L: tl.constexpr, LP: tl.constexpr, CHUNK: tl.constexpr, NUM_COUNTERS: tl.constexpr, LAST: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """List every key that reaches the cut of some head of its group, and reached none of the cuts ``before``.
 
     LAST: below = mass bound, in units of e^(low + BELOW), of the keys that no head's cut lists.
     """
+    if OVERLAPS:
+        take_turn()
     pid = tl.program_id(0)
     blocks = tl.load(num_blocks + pid // num_kv_heads)
     chunk = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
@@ -79,13 +82,15 @@ def weigh_kernel(
     num_kv_heads, room, scale, slack_share, weight_slack,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, L: tl.constexpr, BLOCK: tl.constexpr,
     NUM_COUNTERS: tl.constexpr, PAGED: tl.constexpr, LAST: tl.constexpr, COUNTED: tl.constexpr, NEAR: tl.constexpr,
-    MASS: tl.constexpr,
+    MASS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Score what was listed since the last look (and, at first, the open block), leave scores and slacks, and weigh them.
 
     sums[head, look, split] = sum of e^(floor - BELOW); ceilings[head] counts undecided keys by ceiling, floors[head] all by floor, in bins of
     BIN_CODES; best[head] = the highest floor, in codes.
     """
+    if OVERLAPS:
+        take_turn()
     pid = tl.program_id(0)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
