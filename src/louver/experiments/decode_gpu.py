@@ -4,33 +4,30 @@ The model is a Llama of the size asked for with random weights, its cache ``heav
 text. Two loops: transformers' own ``generate``, which launches every kernel of every token from Python, and a step captured in a CUDA
 graph. Ways to attend: a policy of Louver's, over its growing buffers; ``dense`` over the same buffers (torch's attention in ``generate``, our
 dense kernel in a graph); transformers' DynamicCache and StaticCache with its SDPA attention. Where torch may choose, it takes cuDNN,
-which plans anew for every length; the rows with ``sdpa`` "flash" keep it from that.
+which plans anew for every length; the rows with ``sdpa`` "flash" keep it from that. In ``generate`` the ways take turns, since its time is
+the host's, and hosts are noisy.
 """
 
 import gc
 import statistics
-import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, StaticCache
 
+from louver.experiments.decode_graph import elapsed, in_graph
 from louver.experiments.synthetic import heavy_tailed
-from louver.integrations.transformers import CapturedDecoding, attach
-from louver.kernels.ops import TierOutput
-from louver.protocols import COUNTS
+from louver.integrations.transformers import attach
 
 DYNAMIC, STATIC = "DynamicCache", "StaticCache"
 DENSE = ("dense", DYNAMIC, STATIC)
 FLASH = ", flash"  # behind a dense way: torch's flash attention, not what torch would choose
 ROOM = 256  # tokens, for what is decoded
-RUNS = 5  # of a loop whose time is the host's
+RUNS = 9  # of a loop whose time is the host's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +53,14 @@ LONGEST_STATIC = 131072  # tokens up to which the slowest way is worth waiting f
 def run(config: Config) -> list[dict]:
     """One row per way: milliseconds per token, tokens per second, and the speedup against the fastest dense way."""
     model = make_model(config)
-    rows = []
-    for way in config.ways:
-        rows.append(row(model, way, config))
-        gc.collect()  # graphs, layers and cache know one another, and hold most of a card
-        if config.device == "cuda":
-            torch.cuda.empty_cache()
+    measured = {"generate": in_turn, "graph": one_by_one}[config.loop](model, config)
+    rows = [row(way, figures, config) for way, figures in measured.items()]
     dense = [r["token_ms"] for r in rows if r["policy"].removesuffix(FLASH) in DENSE]
     return [r | {"speedup_vs_best_dense": min(dense) / r["token_ms"] if dense else None} for r in rows]
 
 
-def row(model: Any, way: str, config: Config) -> dict:
+def row(way: str, figures: dict, config: Config) -> dict:
     """One way's row, but for what other ways are needed for."""
-    policy = way.removesuffix(FLASH)
-    flash = way != policy
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if flash else nullcontext():
-        cache, arguments = filled(model, policy, config)
-        measure = {"generate": in_generate, "graph": in_graph}[config.loop]
-        measured = measure(model, arguments, cache, config)
     return {
         "kv_len": config.kv_len,
         "policy": way,
@@ -84,9 +71,71 @@ def row(model: Any, way: str, config: Config) -> dict:
         "head_dim": config.hidden_size // config.num_q_heads,
         "data": "heavy_tailed",
         "device": config.device,
-        "token_ms": measured["token_ms"],
-        "tokens_per_s": 1e3 / measured["token_ms"],
-    } | measured
+        "token_ms": figures["token_ms"],
+        "tokens_per_s": 1e3 / figures["token_ms"],
+    } | figures
+
+
+def backends(way: str) -> AbstractContextManager:
+    """What torch may attend with."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]) if way.endswith(FLASH) else nullcontext()
+
+
+def one_by_one(model: Any, config: Config) -> dict[str, dict]:
+    """Every way's figures in a graph; one cache at a time."""
+    measured = {}
+    for way in config.ways:
+        with backends(way):
+            cache, arguments = filled(model, way.removesuffix(FLASH), config)
+            measured[way] = in_graph(model, arguments, cache, config.kv_len, config.new_tokens)
+        del cache, arguments
+        gc.collect()  # graphs, layers and cache know one another, and hold most of a card
+        if config.device == "cuda":
+            torch.cuda.empty_cache()
+    return measured
+
+
+def in_turn(model: Any, config: Config) -> dict[str, dict]:
+    """Every way's milliseconds per token in ``generate``, and how often one step's attention made the host wait (None where that is not known).
+
+    Medians of RUNS, p20 and p80; and the median of the ratios to the best dense way's time of the same turn.
+    """
+    caches = {}
+    for way in config.ways:
+        cache, arguments = filled(model, way.removesuffix(FLASH), config)
+        caches[way] = cache, arguments, model.config._attn_implementation
+
+    def generate(way: str, tokens: int) -> float:
+        cache, arguments, implementation = caches[way]
+        model.set_attn_implementation(implementation)
+        ids = torch.ones(
+            1, cache.get_seq_length() + 1, dtype=torch.long, device=config.device
+        )  # but for the last, in the cache
+        options = arguments | {
+            "max_new_tokens": tokens,
+            "min_new_tokens": tokens,
+            "do_sample": False,
+            "pad_token_id": 0,
+        }
+        with backends(way):
+            return elapsed(lambda: model.generate(ids, **options), config.device) / tokens
+
+    for way in config.ways:
+        generate(way, 4)
+    turns = [{way: generate(way, config.new_tokens) for way in config.ways} for _ in range(RUNS)]
+    best = [min((t for way, t in turn.items() if way.removesuffix(FLASH) in DENSE), default=None) for turn in turns]
+    measured = {}
+    for way in config.ways:
+        times = sorted(turn[way] for turn in turns)
+        ratios = [dense / turn[way] for turn, dense in zip(turns, best, strict=True) if dense is not None]
+        measured[way] = {
+            "token_ms": statistics.median(times),
+            "token_ms_p20": times[RUNS // 5],
+            "token_ms_p80": times[RUNS - 1 - RUNS // 5],
+            "turn_speedup": statistics.median(ratios) if ratios else None,
+            "num_attention_syncs": syncs_of(caches[way][0], config),
+        }
+    return measured
 
 
 def make_model(config: Config) -> Any:
@@ -131,111 +180,6 @@ def filled(model: Any, policy: str, config: Config) -> tuple[Any, dict[str, Any]
         if cache is louver:
             louver.served_layers[layer].attention.observe(data.metric_queries, None, data.q.shape[-1] ** -0.5)
     return cache, arguments
-
-
-def in_generate(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> dict:
-    """Milliseconds per token (median of RUNS, since hosts are noisy), and how often one step's attention made the host wait (None where that is not known)."""
-
-    def generate(tokens: int) -> None:
-        held = cache.get_seq_length()
-        ids = torch.ones(1, held + 1, dtype=torch.long, device=config.device)  # all but the last are in the cache
-        model.generate(ids, **arguments, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
-
-    generate(4)
-    times = [elapsed(lambda: generate(config.new_tokens), config.device) for _ in range(RUNS)]
-    ms = statistics.median(times) / config.new_tokens
-    return {"token_ms": ms, "num_attention_syncs": syncs_of(cache, config)}
-
-
-def in_graph(model: Any, arguments: dict[str, Any], cache: Any, config: Config) -> dict:
-    """Milliseconds per token of replays (median of three runs), and how far their logits are from those of the model's own loop."""
-    first = torch.ones(1, dtype=torch.long, device=config.device)
-    if isinstance(cache, StaticCache):
-        decode = captured_static(model, arguments, first, config.kv_len)
-        times = [elapsed(lambda: decode(config.new_tokens // 2), config.device) for _ in range(3)]
-        return {"token_ms": statistics.median(times) / (config.new_tokens // 2), "num_equal_tokens": None}
-    tokens, want = usual_steps(model, arguments, first, config.new_tokens)
-    cache.crop(config.kv_len - cache.get_seq_length())
-    decoding = CapturedDecoding(model, cache)
-    got = torch.cat([decoding(token).clone() for token in tokens[:-1]])
-    times = [elapsed(lambda: decoding.generate(first, config.new_tokens), config.device) for _ in range(3)]
-    return {
-        "token_ms": statistics.median(times) / config.new_tokens,
-        **agreement(got.float(), want.float()),
-        "num_tokens": config.new_tokens,
-        "scanned_fraction": scanned(decoding.evidence),
-    }
-
-
-@torch.no_grad()
-def usual_steps(model: Any, arguments: dict[str, Any], token: Tensor, new_tokens: int) -> tuple[list[Tensor], Tensor]:
-    """What the model's own loop chooses after token, token included, and its logits [new_tokens, vocabulary]."""
-    tokens, logits = [token], []
-    for _ in range(new_tokens):
-        logits.append(model(tokens[-1][:, None], **arguments).logits[:, -1].clone())
-        tokens.append(logits[-1].argmax(-1))
-    return tokens, torch.cat(logits)
-
-
-def agreement(got: Tensor, want: Tensor) -> dict:
-    """Of logits over the same tokens: equal choices, the largest difference, and the largest lead a choice lost (in deviations)."""
-    best, same = want.topk(2).values, got.argmax(-1) == want.argmax(-1)
-    lead = ((best[:, 0] - best[:, 1]) / want.std(-1))[~same]
-    return {
-        "num_equal_tokens": int(same.long().cumprod(0).sum()),
-        "num_equal_choices": int(same.sum()),
-        "logit_difference": float(((got - want).std(-1) / want.std(-1)).max()),
-        "first_logit_difference": float((got - want)[0].std() / want[0].std()),
-        "largest_lead_lost": float(lead.max()) if len(lead) else 0.0,
-    }
-
-
-def scanned(evidence: list[TierOutput | None]) -> float | None:
-    """Keys read in full over valid keys, in a step of all layers; None where there is no evidence."""
-    tables = [step.counts for step in evidence if step is not None]
-    if not tables:
-        return None
-    counted = dict(zip(COUNTS, torch.cat(tables).sum((0, 1)).tolist(), strict=True))
-    return (counted["scanned"] + counted["open"]) / counted["keys"]
-
-
-@torch.no_grad()
-def captured_static(model: Any, arguments: dict[str, Any], token: Tensor, held: int) -> Callable[[int], None]:
-    """Greedy decoding over a StaticCache, whose length is on the device as it is, in a graph."""
-    token, position = token[:, None].clone(), torch.full((1, 1), held, device=token.device)
-
-    def step() -> None:
-        logits = model(token, position_ids=position, **arguments).logits[:, -1]
-        token.copy_(logits.argmax(-1, keepdim=True))
-        position.add_(1)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def decode(new_tokens: int) -> None:
-        for _ in range(new_tokens):
-            graph.replay()
-
-    decode(2)
-    return decode
-
-
-def elapsed(call: Callable[[], object], device: str) -> float:
-    """Milliseconds of a call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - started)
 
 
 def syncs_of(cache: Any, config: Config) -> int | None:
