@@ -104,6 +104,8 @@ def in_turn(model: Any, config: Config) -> dict[str, dict]:
     for way in config.ways:
         cache, arguments = filled(model, way.removesuffix(FLASH), config)
         caches[way] = cache, arguments, model.config._attn_implementation
+        if config.device == "cuda":
+            torch.cuda.empty_cache()  # all of them together fill most of a card
 
     def generate(way: str, tokens: int) -> float:
         cache, arguments, implementation = caches[way]
