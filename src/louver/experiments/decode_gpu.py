@@ -27,7 +27,7 @@ DYNAMIC, STATIC = "DynamicCache", "StaticCache"
 DENSE = ("dense", DYNAMIC, STATIC)
 FLASH = ", flash"  # behind a dense way: torch's flash attention, not what torch would choose
 ROOM = 256  # tokens, for what is decoded
-RUNS = 9  # of a loop whose time is the host's
+RUNS = 5  # of a loop whose time is the host's
 
 
 @dataclass(frozen=True, kw_only=True)
