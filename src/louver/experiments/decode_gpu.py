@@ -101,6 +101,7 @@ def in_turn(model: Any, config: Config) -> dict[str, dict]:
     Medians of RUNS, p20 and p80; and the median of the ratios to the best dense way's time of the same turn.
     """
     caches = {}
+    gc.collect()
     for way in config.ways:
         cache, arguments = filled(model, way.removesuffix(FLASH), config)
         caches[way] = cache, arguments, model.config._attn_implementation
