@@ -42,6 +42,8 @@ LOUVER_INLINE void add_products(__m512i& sum, __m512i codes, __m512i query) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(query));
 }
 
+constexpr int64_t kDotTokens = 16;  // of one call of dot_heads
+
 // Up to four heads over 16 tokens, `pieces` times 16 packed bytes each. Lane group L of register t holds token 4 L + t,
 // so the four partial sums of a token end up in place after two rounds of additions.
 // kPieces: as many, known when this is compiled, so that every address is a constant away from another; or 0.
@@ -83,35 +85,6 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t pieces, const int8_t*
     }
 }
 
-template <int kPieces>
-LOUVER_INLINE void dot_all_heads(const uint8_t* codes, int64_t pieces, const int8_t* query, int64_t group,
-                                 int32_t* dots, int64_t stride) {
-    const int64_t query_bytes = 2 * kCodeBytes * pieces;
-    int64_t g = 0;
-    for (; g + 4 <= group; g += 4)
-        dot_heads<4, kPieces>(codes, pieces, query + g * query_bytes, dots + g * stride, stride);
-    const int8_t* rest = query + g * query_bytes;
-    int32_t* to = dots + g * stride;
-    if (group - g == 1) dot_heads<1, kPieces>(codes, pieces, rest, to, stride);
-    if (group - g == 2) dot_heads<2, kPieces>(codes, pieces, rest, to, stride);
-    if (group - g == 3) dot_heads<3, kPieces>(codes, pieces, rest, to, stride);
-}
-
-inline void dot_codes(const uint8_t* codes, int64_t tokens, int64_t half, int64_t half_padded, const int8_t* query,
-                      int64_t group, int32_t* dots, int64_t stride) {
-    alignas(64) uint8_t copy[kCodeTokens * 512];
-    if (tokens < kCodeTokens || half != half_padded) {  // reading whole pieces could leave the array
-        std::memset(copy, 0, static_cast<size_t>(kCodeTokens * half_padded));
-        for (int64_t i = 0; i < tokens; ++i)
-            std::memcpy(copy + i * half_padded, codes + i * half, static_cast<size_t>(half));
-        codes = copy;
-    }
-    const int64_t pieces = half_padded / kCodeBytes;
-    if (pieces == 2) return dot_all_heads<2>(codes, pieces, query, group, dots, stride);
-    if (pieces == 4) return dot_all_heads<4>(codes, pieces, query, group, dots, stride);
-    dot_all_heads<0>(codes, pieces, query, group, dots, stride);
-}
-
 #elif defined(__AVX2__)
 
 // sum += products of codes with the 16 bytes at query, for two registers of codes. In assembly, because the compiler
@@ -126,6 +99,8 @@ LOUVER_INLINE void add_products(const int8_t* query, __m256i codes0, __m256i cod
         : [sum0] "+x"(sum0), [sum1] "+x"(sum1), [q] "=&x"(q), [product] "=&x"(product)
         : [from] "m"(*reinterpret_cast<const __m128i_u*>(query)), [codes0] "x"(codes0), [codes1] "x"(codes1));
 }
+
+constexpr int64_t kDotTokens = 8;  // of one call of dot_heads
 
 // Eight tokens, four heads at most, `pieces` times 16 packed bytes each. A register holds token t and token t + 4, a
 // half each, so that four of them end up as eight sums in order, after two rounds of additions. A product of a code and
@@ -177,11 +152,16 @@ LOUVER_INLINE void dot_heads(const uint8_t* codes, int64_t pieces, const int8_t*
     }
 }
 
+#endif
+
+#if defined(__AVX2__)
+
 template <int kPieces>
 LOUVER_INLINE void dot_all_heads(const uint8_t* codes, int64_t pieces, const int8_t* query, int64_t group,
                                  int32_t* dots, int64_t stride) {
     const int64_t query_bytes = 2 * kCodeBytes * pieces;
-    for (int64_t i = 0; i < kCodeTokens; i += 8, codes += 8 * kCodeBytes * pieces, dots += 8) {
+    for (int64_t i = 0; i < kCodeTokens;
+         i += kDotTokens, codes += kDotTokens * kCodeBytes * pieces, dots += kDotTokens) {
         int64_t g = 0;
         for (; g + 4 <= group; g += 4)
             dot_heads<4, kPieces>(codes, pieces, query + g * query_bytes, dots + g * stride, stride);
