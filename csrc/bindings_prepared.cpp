@@ -121,7 +121,7 @@ class PreparedStep {
         for (int64_t row = 0; row < problem.batch; ++row) {
             const int64_t start = problem.kv_start[row], end = problem.kv_len[row];
             if (start != starts_[static_cast<size_t>(row)] || start < 0 || end > tokens) return false;
-            if ((end - start) / sketch_->frame_len > sketch_->num_blocks[row]) return false;
+            if ((end - start) / sketch_->frame_len != sketch_->num_blocks[row]) return false;
             total += end - start;
         }
         return problem.batch == 1 || static_cast<double>(total) > most_ * static_cast<double>(problem.batch);

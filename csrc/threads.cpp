@@ -24,6 +24,18 @@ inline void relax() {
 #endif
 }
 
+// Spin for a while, then let others have the core: there may be more threads than free cores.
+template <class Done>
+void wait_until(Done done) {
+    for (int spins = 0; !done(); ++spins) {
+        if (spins < 4096) {
+            relax();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
 struct Region {
     TeamFunction function;
     void* context;
@@ -60,7 +72,7 @@ void run_openmp_member(void* argument) {
         team = new Team(size);  // the runtime decides how many come
         region->team.store(team, std::memory_order_release);
     } else {
-        while ((team = region->team.load(std::memory_order_acquire)) == nullptr) relax();
+        wait_until([&] { return (team = region->team.load(std::memory_order_acquire)) != nullptr; });
     }
     region->function(region->context, rank, *team);
 }
@@ -137,13 +149,7 @@ void Team::barrier() {
         generation_.store(generation + 1, std::memory_order_release);
         return;
     }
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-        if (spins < 4096) {
-            relax();
-        } else {
-            std::this_thread::yield();  // more threads than free cores
-        }
-    }
+    wait_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
 }
 
 void parallel(int num_threads, TeamFunction function, void* context) {
