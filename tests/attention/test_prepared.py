@@ -16,6 +16,7 @@ from louver.attention.packed import PackedResult
 from louver.errors import NonFiniteError, ShapeError
 from louver.kernels import crossover
 from louver.kernels.cpu import native
+from louver.kernels.cpu.crossover import most_tokens
 from louver.kv import DeviceStore
 from louver.policies import parse
 from louver.sketch import SketchConfig
@@ -214,9 +215,16 @@ def test_rows_that_become_short_are_attended_densely():
         assert [step(case.q, index) for _ in range(3)][-1]
         index.store.kv_len.fill_(100)
         assert attend(case.q, index, policy="exact:0.1").certificate.max() == 0
-        index = build_case(3, kv_len=2000, batch=2).index("cpu")
+
+
+def test_a_row_that_becomes_short_within_its_last_block_is_attended_densely():
+    most = int(most_tokens(64, 4))
+    frame_len = next(n for n in (16, 15) if most % n < n - 1)
+    case = build_case(3, kv_len=most + 1, batch=1, config=SketchConfig(frame_len=frame_len))
+    with crossover.switched(True):
+        index = case.index("cpu")
         assert [step(case.q, index) for _ in range(3)][-1]
-        index.store.truncate(100)  # behind the index's back
+        index.store.truncate(most)
         assert attend(case.q, index, policy="exact:0.1").certificate.max() == 0
 
 
