@@ -143,7 +143,7 @@ def changes():
 
     def in_place_and_encoded_for_others(index):
         start = index.store.kv_start
-        index.store.kv_start = new_start
+        index.store.kv_start = torch.tensor([1, 2], dtype=torch.int32)  # as many blocks
         index.refresh()
         index.store.kv_start = start
 
