@@ -1,8 +1,9 @@
 """The CPU's fused step, kept ready with its index: between two steps of a model only the query and a token are new.
 
 What a step follows from is looked at before each: the same policy and arguments, the same objects (buffers, the sketch and its tensors),
-the same switches. Where rows begin and end, and what is encoded, the compiled step reads anew (csrc/bindings_prepared.cpp). Where anything differs, and where a query is not what was prepared for, the step goes the long way,
-which finds out and says so; so do records, foreign values, several tokens, policies without a rule, and whatever is attended densely.
+the same switches. Where rows begin and end, and what is encoded, the compiled step reads anew (csrc/bindings_prepared.cpp). Where anything
+differs, and where a query is not what was prepared for, the step goes the long way, which finds out and says so; so do records, foreign
+values, several tokens, policies without a rule, and whatever is attended densely.
 """
 
 from collections.abc import Callable
@@ -30,31 +31,13 @@ MOST = 8  # policies and arguments that an index is kept ready for
 class Prepared:
     """One step, and what it follows from, as it was when the step was taken the long way."""
 
-    __slots__ = (
-        "backend",
-        "dispatch",
-        "encoded",
-        "form",
-        "isa",
-        "keys",
-        "policy",
-        "rows",
-        "step",
-        "store",
-        "values",
-        "view",
-    )
+    __slots__ = ("backend", "dispatch", "form", "isa", "keys", "policy", "step", "values", "view")
 
     def __init__(self, policy: str | Policy, index: Any, form: Form) -> None:
         store = index.store
         self.policy = policy  # as it was given: while it is held, nothing else has its id
-        self.store, self.backend, self.encoded = store, index.backend, index._encoded_start
-        self.view = native.sketch_view(index.sketch)
-        self.rows, self.keys, self.values = (
-            store._kv_start,
-            ref(store._keys),
-            ref(store._values),
-        )  # not to keep old buffers
+        self.backend, self.view = index.backend, native.sketch_view(index.sketch)
+        self.keys, self.values = ref(store._keys), ref(store._values)  # not to keep old buffers
         self.isa, self.dispatch = native.isa, crossover.enabled
         self.form = form
         self.step: Callable[..., Any] | None = None  # asked for once so far
