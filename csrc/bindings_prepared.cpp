@@ -85,11 +85,14 @@ class PreparedStep {
                           uintptr_t kv_len, int num_threads) const {
         Problem problem = problem_;
         problem.q = data<const char>(q);
+        const auto* end = reinterpret_cast<const int32_t*>(kv_len);
+        const std::vector<int32_t> ends(end, end + problem.batch);  // as they are now: without the GIL they may change
         problem.kv_start = reinterpret_cast<const int32_t*>(kv_start);
-        problem.kv_len = reinterpret_cast<const int32_t*>(kv_len);
+        problem.kv_len = ends.data();
         const bool same_memory = reinterpret_cast<uintptr_t>(problem.keys.data) == keys &&
                                  reinterpret_cast<uintptr_t>(problem.values.data) == values && tokens <= capacity_;
         if (!same_memory || !asks(q) || !stands(problem, tokens) || !is_finite(q)) return nb::none();
+        problem.kv_start = starts_.data();
         const int64_t each = problem.batch * problem.num_q_heads;
         const int64_t counted = problem.batch * problem.num_kv_heads * kNumCounts * 8, evidence = 5 * each * 4;
         const int64_t out = each * problem.head_dim * (problem.q_dtype == DType::float32 ? 4 : 2);

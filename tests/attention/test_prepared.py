@@ -324,3 +324,29 @@ def test_whatever_happens_in_between(seed):
             same(result, twin.attend(q, 0.2, kv_start))
             made += isinstance(result, PackedResult)
     assert made > 10
+
+
+def test_what_a_step_reads_outlives_whatever_another_thread_gives_the_store_meanwhile():
+    case, index = ready()
+    store, prepared_step = index.store, next(iter(index.prepared.values()))
+    store._kv_start, store._kv_len = store._kv_start.clone(), store._kv_len.clone()  # nobody else holds these
+    seen = [weakref.ref(x) for x in (store._kv_start, store._kv_len)]
+
+    def interrupted(*given):
+        store._kv_start, store._kv_len = store._kv_start.clone(), store._kv_len.clone()
+        gc.collect()
+        assert all(x() is not None for x in seen)
+        return None
+
+    prepared_step.step = interrupted
+    attend(case.q, index, policy="exact:0.1")
+    gc.collect()
+    assert all(x() is None for x in seen)
+
+
+def test_an_emptied_store_is_no_store_of_before():
+    _, index = ready()
+    held = next(iter(index.prepared.values()))
+    index.store.clear()
+    gc.collect()
+    assert not held.stands(index)

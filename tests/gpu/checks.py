@@ -85,6 +85,27 @@ def truth(q, keys, values, start, stop):
     return scores.flatten(1, 2), valid, out.flatten(1, 2), weights.flatten(1, 2)
 
 
+def lost_beyond_the_grid(device: str, tau: float) -> int:
+    """Keys with a score of tau or more that a step under ``fixed:tau`` drops, where three blocks of 32 lie 50 nats above the others."""
+    from louver import attend
+    from louver.index.sketch import SketchIndex
+    from louver.kernels import crossover
+    from louver.sketch.layout import SketchConfig
+
+    generator = torch.Generator().manual_seed(1)
+    keys, values = (0.05 * torch.randn(1, 1, 32 * 64, 64, generator=generator) for _ in range(2))
+    keys[:, :, : 3 * 64, 0] += 50
+    q = torch.zeros(1, 2, 64)
+    q[..., 0] = 1
+    keys, values, q = (x.to(device, torch.float16) for x in (keys, values, q))
+    with crossover.switched(False):
+        index = SketchIndex.build(keys, values, config=SketchConfig(frame_len=64))
+        result = attend(q, index, policy=f"fixed:{tau}", softmax_scale=1.0, record=True)
+    wanted = (q.double()[:, :, None] @ keys.double().mT)[:, :, 0] >= tau
+    assert wanted.any() == (tau < 55) and result.exact_mask is not None
+    return int((wanted & ~result.exact_mask).sum())
+
+
 def check(case: Case, device: str) -> dict[str, float]:
     """Encode, step, and hold every promise of the step against float64; returns what was measured."""
     from louver.kernels import crossover

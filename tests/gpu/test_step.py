@@ -186,3 +186,9 @@ def test_tensor_core_accumulation_is_as_assumed():
         exact = a.double() @ b.double()
         allowed = (256 + 2) * TENSOR_UNIT * (a.double().abs() @ b.double().abs())
         assert ((c.double() - exact).abs() <= allowed * 0.25).all()
+
+
+@pytest.mark.parametrize("tau", [40.0, 49.0, 60.0])
+def test_bounds_beyond_the_grid_are_listed_whatever_the_threshold(tau):
+    """A tenth of the blocks lie 50 nats above the others, and the grid ends 44 nats above the mean."""
+    assert checks.lost_beyond_the_grid("cuda", tau) == 0

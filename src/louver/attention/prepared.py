@@ -48,7 +48,9 @@ class Prepared:
         try:
             return (
                 index.sketch._native_view is self.view  # gone when a tensor of the sketch was replaced
+                and store._keys is not None
                 and store._keys is self.keys()
+                and store._values is not None
                 and store._values is self.values()
                 and index.backend is self.backend
                 and native.isa is self.isa
@@ -62,15 +64,16 @@ def attend_prepared(
     q: Query, index: SketchIndex, policy: str | Policy, softmax_scale: float | None, keep_best: bool
 ) -> AttendResult | None:
     """The step, if it is ready; None: it is not, and nothing happened."""
-    held = index.prepared.get((policy if type(policy) is str else id(policy), softmax_scale, keep_best))
-    if held is None or held.step is None or not held.stands(index):
+    try:
+        held = index.prepared.get((policy if type(policy) is str else id(policy), softmax_scale, keep_best))
+        if held is None or held.step is None or not q.is_cpu or not held.stands(index):
+            return None
+        given = share(q)
+    except (AttributeError, BufferError, RuntimeError, TypeError):  # no tensor with an address, or no number
         return None
     store: Any = index.store
-    try:
-        given = share(q)
-    except (BufferError, RuntimeError, TypeError):  # no tensor with an address
-        return None
-    done = held.step(given, len(store), *store.addresses(), torch.get_num_threads())
+    kept = store.parts()  # while the step reads them: another thread may give the store others
+    done = held.step(given, len(store), *[x.data_ptr() for x in kept], torch.get_num_threads())
     return None if done is None else PackedResult(done[1], held.form, tensor_of(done[0]))
 
 

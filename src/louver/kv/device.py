@@ -178,11 +178,11 @@ class DeviceStore:
         assert self._keys is not None and self._values is not None, "values are held"
         return self._keys, self._values
 
-    def addresses(self) -> tuple[int, int, int, int]:
-        """Where the keys, the values, ``kv_start`` and ``kv_len`` of a store that holds all of them are now."""
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The keys and the values with the room behind them, ``kv_start`` and ``kv_len`` of a store that holds all of them."""
         keys, values, start, end = self._keys, self._values, self._kv_start, self._kv_len
         assert keys is not None and values is not None and start is not None and end is not None
-        return keys.data_ptr(), values.data_ptr(), start.data_ptr(), end.data_ptr()
+        return keys, values, start, end
 
     def takes(self, keys: Tensor, values: Tensor) -> bool:
         """Whether one token a row like these can be written into ``buffers`` as they are, for ``advance`` to take in."""

@@ -72,7 +72,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
     if (FIXED) floor = fminf(floor, fixed_tau * scale);
     float begin = (floor - mean + BELOW - spare) * STEPS;
     if (DROP) begin -= SUNK * LEVEL + (FIXED ? 2.0f : 0.0f);    // or the level of a fixed tau might be one too few
-    const float place = fminf(fmaxf(begin, 0.0f), 60000.0f);
+    // A bound past the grid's end may be anything, so it has to have the level above all that a cut asks for: begin + 242.5 LEVEL <= SPAN.
+    const float place = fminf(fmaxf(begin, 0.0f), DROP ? 49000.0f : 60000.0f);
     if (lane == 0) {
         low[id] = mean - BELOW;
         floor_code[id] = (DROP || floor_share > 0.0f) && place == place ? (int)place : 0;
