@@ -4,6 +4,7 @@ set -eu
 cd "$(dirname "$0")/.."
 bin=$PWD/.venv/bin
 build=$PWD/build/asan
+mkdir -p "$PWD/build"
 "$bin/cmake" -S . -B "$build" -G Ninja -DCMAKE_MAKE_PROGRAM="$bin/ninja" -DPython_EXECUTABLE="$bin/python" -DLOUVER_SANITIZE=ON >"$build.log" ||
     { cat "$build.log"; exit 1; }
 "$bin/cmake" --build "$build"
