@@ -87,8 +87,8 @@ def step(
 ) -> TierOutput:
     """One decode step under a rule; see louver.kernels.reference.step.step.
 
-    Differences in kind, never in the promise: cuts fall on histogram bins of 1/32 nat (a retrieval's in CUDA: on levels of 0.065) and ranks on steps of 1/1024 nat, so a few
-    keys more than asked are exact; short contexts are dense.
+    Differences in kind, never in the promise: cuts fall on histogram bins of 1/32 nat (a retrieval's in CUDA: on levels of 0.065) and ranks
+    on steps of 1/1024 nat, so a few keys more than asked are exact; short contexts are dense.
     """
     sketch = sketch.by_row()
     batch, num_q_heads, head_dim = q.shape
