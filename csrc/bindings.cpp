@@ -10,6 +10,10 @@ namespace {
 void encode_block(Sketch& sketch, const Array& keys, const MaybeArray& values, const Lengths& kv_start,
                   const Lengths& kv_len, const MaybeArray& block_table, int num_threads, const std::string& isa) {
     require(sketch.view.pages == nullptr, "blocks are encoded into a sketch whose rows have their own");
+    require(static_cast<int64_t>(kv_start.shape(0)) == sketch.view.batch && kv_len.shape(0) == kv_start.shape(0) &&
+                static_cast<int64_t>(keys.shape(1)) == sketch.view.heads &&
+                static_cast<int64_t>(keys.shape(3)) == sketch.view.head_dim,
+            "the sketch is of other rows than the keys");
     const CacheView k = view_of(keys, block_table);
     const CacheView v = values ? view_of(*values, block_table) : CacheView{};
     for (int64_t row = 0; row < sketch.view.batch; ++row)
@@ -25,6 +29,7 @@ void bounds(const Sketch& sketch, const Array& q, const Array& keys, const Lengt
             const Array& half_width, const Array& undecided, const Array& known, int num_threads,
             const std::string& isa) {
     const Problem problem = problem_of(q, keys, std::nullopt, kv_start, kv_len, block_table, 1);
+    require_of(sketch.view, problem);
     Rule rule;
     rule.sinks = sinks, rule.recent = recent;
     const KernelTable& table = kernels(isa);
@@ -38,6 +43,7 @@ void step(const Sketch& sketch, const Array& q, const Array& keys, const Array& 
           const Array& out, const Array& evidence, const Array& counts, const MaybeArray& exact_mask, int num_threads,
           const std::string& isa) {
     const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
+    require_of(sketch.view, problem);
     const Rule rule = rule_of(rule_values, sketch.view);
     const StepOutput output = output_of(problem, out, evidence, counts, exact_mask);
     const KernelTable& table = kernels(isa);
@@ -61,6 +67,7 @@ nb::tuple search(const Sketch& sketch, const Array& q, const Array& keys, const 
                  const Lengths& kv_len, const MaybeArray& block_table, const Array& tau, const Array& scanned,
                  int num_threads, const std::string& isa) {
     const Problem problem = problem_of(q, keys, std::nullopt, kv_start, kv_len, block_table, 1);
+    require_of(sketch.view, problem);
     require(tau.dtype() == nb::dtype<float>() && contiguous(tau), "tau is a contiguous float32 [batch, num_q_heads]");
     const int64_t rows = problem.batch * problem.num_q_heads, units = problem.batch * problem.num_kv_heads;
     FoundKeys found;

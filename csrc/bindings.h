@@ -170,6 +170,18 @@ inline Problem problem_of(const Array& q, const Array& keys, const MaybeArray& v
     return problem;
 }
 
+// Raise unless a sketch is one of these rows: its blocks must not reach past the tokens they hold.
+inline void require_of(const SketchView& sketch, const Problem& problem) {
+    require(sketch.batch == problem.batch && sketch.heads == problem.num_kv_heads &&
+                sketch.head_dim == problem.head_dim,
+            "the sketch is of other rows than the keys; refresh the index");
+    const int64_t room = sketch.capacity * (sketch.pages == nullptr ? 1 : sketch.table_width);
+    for (int64_t row = 0; row < problem.batch; ++row)
+        require(sketch.num_blocks[row] >= 0 && sketch.num_blocks[row] <= room &&
+                    sketch.num_blocks[row] * sketch.frame_len <= problem.row_len(row),
+                "the sketch describes more tokens than a row holds; refresh the index");
+}
+
 // rule: (drop, share, count, tau or None, unread_mass, sinks, recent, keep_best).
 inline Rule rule_of(const nb::tuple& values, const SketchView& sketch) {
     Rule rule;

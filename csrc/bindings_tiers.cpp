@@ -37,6 +37,7 @@ void attend_tiers(const Sketch& sketch, const Array& q, const Array& keys, const
                   const Array& evidence, const Array& counts, const MaybeArray& exact_mask, int num_threads,
                   const std::string& isa) {
     const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
+    require_of(sketch.view, problem);
     require(drop || sketch.view.coded_values, "a step that drops nothing needs sketched values");
     const BoundsView bounds = bounds_of(estimate, half_width, undecided);
     for (int64_t row = 0; row < problem.batch; ++row)
@@ -115,6 +116,7 @@ void attend_within(const Sketch& sketch, const Array& q, const Array& keys, cons
                    const Array& out, const Array& evidence, const Array& counts, const MaybeArray& exact_mask,
                    const Array& more_bytes, int num_threads, const std::string& isa) {
     const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
+    require_of(sketch.view, problem);
     require(sketch.view.coded_values, "a step that drops nothing needs sketched values");
     require(bytes.size() == kNumCounts, "bytes are of each count");
     Rule first;
@@ -133,6 +135,7 @@ void attend_mass(const Sketch& sketch, const Array& q, const Array& keys, const 
                  const Array& evidence, const Array& counts, const MaybeArray& exact_mask, int num_threads,
                  const std::string& isa) {
     const Problem problem = problem_of(q, keys, values, kv_start, kv_len, block_table, softmax_scale);
+    require_of(sketch.view, problem);
     require(bytes.size() == kNumCounts, "bytes are of each count");
     Rule rule;
     rule.sinks = nb::cast<int64_t>(asked_values[1]), rule.recent = nb::cast<int64_t>(asked_values[2]);

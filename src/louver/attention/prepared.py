@@ -52,6 +52,7 @@ class Prepared:
                 and store._keys is self.keys()
                 and store._values is not None
                 and store._values is self.values()
+                and index._seen == store.history.count  # else it has tokens to forget
                 and index.backend is self.backend
                 and native.isa is self.isa
                 and crossover.enabled is self.dispatch

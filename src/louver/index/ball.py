@@ -23,6 +23,7 @@ from louver.kernels import get_ops, resolve_backend
 from louver.kernels.reference.bounds import summarize
 from louver.kernels.reference.rows import exact_scores, row_lengths, to_rows, valid_rows
 from louver.kv.device import DeviceStore
+from louver.kv.history import history_of
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau, group_heads
 
@@ -43,6 +44,7 @@ class BallIndex:
         self.rows: list[BallRow] = []
         self._split: Subspaces | None = None
         self._folded_start: Tensor | None = None
+        self._seen = history_of(store).count
 
     @classmethod
     def build(
@@ -76,6 +78,7 @@ class BallIndex:
 
     def refresh(self) -> None:
         """Fold in the buffers that are full; shorter ones stay and are scanned."""
+        self._follow()
         keys, start = self.store.keys, self.store.kv_start
         if self._split is None:
             self.backend = resolve_backend(self._asked_backend, keys.device)
@@ -83,11 +86,31 @@ class BallIndex:
         if self._folded_start is None or not torch.equal(self._folded_start, start):
             self.rows = [empty_row(keys.shape[1], self._split, self.config, keys.device)] * keys.shape[0]
             self._folded_start = start.clone()
+        self._cut(keys.shape[2])
         for i, (begin, end) in enumerate(zip(start.tolist(), self.store.kv_len.tolist(), strict=True)):
             waiting = end - begin - self.rows[i].num_folded
             if waiting >= max(self.config.buffer_len, self.config.group_len):
                 whole = end - waiting % self.config.group_len
                 self.rows[i] = fold(self.rows[i], keys[i, :, begin:whole], self._split, self.config)
+
+    def _follow(self) -> None:
+        """Forget the tokens that the store lost, or moved, while the index was not asked."""
+        history, start = history_of(self.store), self.store.kv_start
+        kept, self._seen = history.kept_since(self._seen), history.count
+        if kept:
+            self._cut(kept)
+        elif kept == 0:  # other rows, perhaps of another shape
+            self.rows, self._split, self._folded_start = [], None, None
+        if self._folded_start is not None and not torch.equal(self._folded_start, start):
+            self.rows, self._folded_start = [], None
+
+    def _cut(self, kept: int) -> None:
+        """Forget every token from position kept on, and past the end of its row."""
+        ends = self.store.kv_len.clamp(max=kept).tolist()
+        for i, (begin, end) in enumerate(zip(self.store.kv_start.tolist(), ends, strict=True)):
+            if self.rows:
+                keys = self.store.keys[i, :, begin:end]
+                self.rows[i] = cut(self.rows[i], keys, max(0, end - begin), self.split, self.config)
 
     def search(self, q: Query, tau: PerQueryHead, rule: str | None = None) -> Selection:
         """Every key whose real score reaches tau [batch, num_q_heads]; extras only within the rounding slack.
@@ -159,6 +182,7 @@ class BallIndex:
 
     def bounds(self, q: Query) -> tuple[Tensor, Tensor, Tensor]:
         """Estimates and half-widths of all folded keys' scores and where they hold: [batch, num_q_heads, folded] each."""
+        self._follow()
         folded = max((row.num_folded for row in self.rows), default=0)
         estimate = torch.zeros(*q.shape[:2], folded, device=q.device)
         half_width = torch.zeros_like(estimate)
@@ -172,6 +196,7 @@ class BallIndex:
 
     def row_bounds(self, q: Query) -> Iterator[tuple[BallRow, GroupBounds]]:
         """Each row with the bounds of its groups, for those who want to look inside."""
+        self._follow()
         grouped = group_heads(q, self.store.keys.shape[1])
         for i, row in enumerate(self.rows):
             begin = int(self.store.kv_start[i])
@@ -204,17 +229,16 @@ class BallIndex:
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on."""
+        self._follow()
         self.store.truncate(kv_len)
-        if self.rows:
-            for i, (begin, end) in enumerate(
-                zip(self.store.kv_start.tolist(), self.store.kv_len.tolist(), strict=True)
-            ):
-                keys = self.store.keys[i, :, begin:end]
-                self.rows[i] = cut(self.rows[i], keys, max(0, end - begin), self.split, self.config)
+        self._seen = history_of(self.store).count
+        self._cut(kv_len)
 
     def select_batch(self, ids: Tensor) -> None:
         """Row i becomes a copy of row ids[i]."""
+        self._follow()
         self.store.select_batch(ids)
+        self._seen = history_of(self.store).count
         if self.rows:
             self.rows = [self.rows[i] for i in ids.tolist()]
         if self._folded_start is not None:

@@ -17,6 +17,7 @@ from louver.index.results import Selection
 from louver.kernels import get_ops, resolve_backend
 from louver.kernels.ops import Bounds
 from louver.kv.device import DeviceStore, version
+from louver.kv.history import history_of
 from louver.protocols import BoundSummary, Guarantee, KVStore
 from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_tau
 from louver.sketch.accounting import key_block_bytes
@@ -38,6 +39,7 @@ class SketchIndex:
         self._weight: Tensor | None = None
         self._encoded_start: Tensor | None = None
         self._settled: tuple[Tensor, int, list[int], list[int]] | None = None  # what the host knows of the last refresh
+        self._seen = history_of(store).count
         self.prepared: dict[
             Any, Any
         ] = {}  # steps that attention keeps ready (attention/prepared.py); they hold this memory
@@ -96,6 +98,7 @@ class SketchIndex:
 
     def refresh(self) -> None:
         """Encode the blocks that filled since the last call; the rest of each row stays exact."""
+        self._follow()
         start = self.store.kv_start
         keys = self.store.keys
         if self.sketch is not None and self._nothing_filled(start, keys.shape[2]):
@@ -106,17 +109,39 @@ class SketchIndex:
             sketch.num_blocks.zero_()  # blocks count from a row's first valid token
             self._encoded_start = start.clone()
             self.prepared.clear()  # they tell by where rows begin
-        full = int(((end - start) // self.config.frame_len).max())
-        if full and bool(((end - start) // self.config.frame_len > sketch.num_blocks).any()):
+        blocks = ((end - start) // self.config.frame_len).clamp_min(0)
+        if bool((blocks < sketch.num_blocks).any()):
+            self._open_from(keys.shape[2])
+        if bool((blocks > sketch.num_blocks).any()):
             if values is not None and not sketch.num_blocks.any():
                 self._fix_value_mean(sketch, values, start, end)
             self.prepared.clear()  # they would keep what it outgrows
-            sketch.reserve(full)
+            sketch.reserve(int(blocks.max()))
             get_ops(self.backend).encode_block(keys, values, sketch, start, end)
         if bool((end == keys.shape[2]).all()):
-            starts = start.tolist()
-            blocks = [(keys.shape[2] - s) // self.config.frame_len for s in starts]
-            self._settled = (start, version(start), starts, blocks)
+            self._settled = (start, version(start), start.tolist(), blocks.tolist())
+
+    def _follow(self) -> None:
+        """Open the blocks whose tokens the store lost, or moved, while the index was not asked."""
+        history = history_of(self.store)
+        if history.count == self._seen:
+            return
+        kept, self._seen, self._settled = history.kept_since(self._seen), history.count, None
+        self.prepared.clear()
+        if kept:
+            self._open_from(kept)
+        elif kept == 0:  # other rows, perhaps of another shape
+            keys = self.store.keys
+            if self._weight is not None and self._weight.shape != (*keys.shape[:2], keys.shape[3]):
+                self._weight = None
+            self.sketch = self._encoded_start = None
+
+    def _open_from(self, kept: int) -> None:
+        """Open the blocks that hold a token from position kept on, or past the end of their row."""
+        sketch, store = self.sketch, self.store
+        if sketch is not None:
+            full = ((store.kv_len.clamp(max=kept) - store.kv_start) // self.config.frame_len).clamp_min(0)
+            sketch.num_blocks = torch.minimum(sketch.num_blocks, full.to(torch.int32))
 
     def _nothing_filled(self, start: Tensor, tokens: int) -> bool:
         """Whether the host alone can tell that no block filled since the last refresh: then nobody waits for a GPU."""
@@ -180,13 +205,20 @@ class SketchIndex:
 
     def _current(self) -> Sketch:
         assert self.sketch is not None, "refresh() before the first search"
-        return self.sketch
+        self._follow()
+        sketch, start = self._ready_sketch(self.store.keys, self.store.values), self.store.kv_start
+        if self._encoded_start is not None and not torch.equal(self._encoded_start, start):
+            sketch.num_blocks = torch.zeros_like(start)  # until the next refresh every token is open
+            self._encoded_start = self._settled = None
+            self.prepared.clear()
+        return sketch
 
     def prefix(self, kv_len: int) -> "SketchIndex":
         """The index as it was when every row ended at kv_len: its first blocks, shared and not encoded anew.
 
         For looking back, as experiments do; the two must not grow apart.
         """
+        self._follow()
         keys, values = (None if x is None else x[:, :, :kv_len] for x in (self.store.keys, self.store.values))
         assert keys is not None
         end = self.store.kv_len.clamp(max=kv_len)
@@ -229,16 +261,16 @@ class SketchIndex:
 
     def truncate(self, kv_len: int) -> None:
         """Forget every token from position kv_len on; blocks that lose a token open again."""
+        self._follow()
         self.store.truncate(kv_len)
-        self._settled = None
-        if self.sketch is not None:
-            full = ((self.store.kv_len - self.store.kv_start) // self.config.frame_len).clamp_min(0)
-            self.sketch.num_blocks = torch.minimum(self.sketch.num_blocks, full.to(torch.int32))
+        self._seen, self._settled = history_of(self.store).count, None
+        self._open_from(kv_len)
 
     def select_batch(self, ids: Tensor) -> None:
         """Row i becomes a copy of row ids[i]."""
+        self._follow()
         self.store.select_batch(ids)
-        self._settled = None
+        self._seen, self._settled = history_of(self.store).count, None
         self.prepared.clear()
         if self.sketch is not None:
             self.sketch = self.sketch.select_batch(ids)
@@ -253,6 +285,7 @@ class SketchIndex:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors a file needs to go on from here, in the canonical layout; nothing before the first tokens."""
+        self._follow()
         if self.sketch is None:
             return {}
         state = self.sketch.trimmed()
@@ -272,5 +305,5 @@ class SketchIndex:
             self.config = replace(self.config, values=False)
         self.sketch = Sketch(config=self.config, head_dim=self.store.keys.shape[3], **held)
         self.backend = resolve_backend(self._asked_backend, self.store.keys.device)
-        self._settled = None
+        self._seen, self._settled = history_of(self.store).count, None
         self.prepared.clear()

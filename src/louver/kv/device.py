@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from louver.errors import ShapeError
+from louver.kv.history import History
 from louver.memory import empty
 from louver.shapes import Keys, PerRow, Values, check_keys_values
 
@@ -44,6 +45,7 @@ class DeviceStore:
         self._ragged = False  # rows end at different positions
         self._padding_known: tuple[Tensor, int, bool] | None = None  # of which kv_start the host knows whether it pads
         self._borrowed = False  # the buffers are somebody else's tensors
+        self.history = History()
         # What was last shown of each buffer, and of how many tokens: every step asks several times.
         self._keys_view: tuple[Tensor, int, Tensor] | None = None
         self._values_view: tuple[Tensor, int, Tensor] | None = None
@@ -220,6 +222,7 @@ class DeviceStore:
         if kv_len < 0:
             raise ShapeError(f"cannot truncate to kv_len={kv_len}; wanted a length of 0 or more tokens")
         if self._kv_len is not None and kv_len < self._len:
+            self.history = self.history.cut(kv_len)
             self._len = kv_len
             self._kv_len = self._kv_len.clamp(max=kv_len)
 
@@ -227,6 +230,7 @@ class DeviceStore:
         """Rearrange, repeat or drop rows: row i becomes the old row ids[i]."""
         if self._keys is None:
             return
+        self.history = self.history.cut(0)
         ids = ids.to(self._keys.device)
         self._resize(self.capacity, ids)
         self._kv_start, self._kv_len = self.kv_start[ids], self.kv_len[ids]
@@ -235,6 +239,7 @@ class DeviceStore:
         """Give the buffers back; the next append decides shapes anew."""
         self._keys = self._values = self._kv_start = self._kv_len = self._keys_view = self._values_view = None
         self._len, self._ragged = 0, False
+        self.history = self.history.cut(0)
 
     def memory_bytes(self) -> int:
         """Bytes allocated, room for growth included."""
