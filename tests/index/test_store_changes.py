@@ -174,4 +174,3 @@ def test_a_history_never_says_that_more_was_kept_than_was():
     assert history.kept_since(history.count) is None
     assert history.kept_since(seen[-1]) == cuts[-1]
     assert len(history.cuts) <= 33
-

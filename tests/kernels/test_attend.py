@@ -72,6 +72,14 @@ def test_attention_over_a_selection_is_within_arithmetic(backend, case, seed, sh
 
 
 @backends
+def test_a_selection_without_weight_gives_zero_and_minus_infinity(backend):
+    q, keys = torch.ones(1, 1, 64), torch.full((1, 1, 3, 64), -torch.inf)
+    indptr, indices = torch.tensor([0, 2]), torch.tensor([0, 2])
+    out, lse = get_ops(backend).attend_selection(q, keys, torch.ones_like(keys), indptr, indices, 0.125)
+    assert (out == 0).all() and torch.isneginf(lse).all()
+
+
+@backends
 @given(case=cases(("offset", "duplicates")), parts=st.integers(1, 4))
 def test_parts_merge_into_the_whole(backend, case, parts):
     ops, kv_len = get_ops(backend), case.keys.shape[2]

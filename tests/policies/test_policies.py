@@ -88,6 +88,17 @@ def test_fixed_keeps_every_key_that_reaches_it(backend, case, tau):
 
 
 @backends
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("spec", ["fixed:1e300", "fixed:-1e300", "fixed:3.5e38", "sample-max|fixed:-1e39"])
+def test_a_threshold_beyond_float32_is_an_infinite_one(backend, spec, flat):
+    case = build_case(2, kv_len=70)
+    index = FlatIndex.build(case.keys, case.values) if flat else case.index(backend)
+    result = attend(case.q, index, policy=spec, record=True)
+    closed = torch.arange(70) < (70 if flat else 64)  # the open block is always attended
+    assert result.exact_mask[..., closed].all() if "-1e" in spec else not result.exact_mask[..., closed].any()
+
+
+@backends
 @given(case=cases(TAME), sinks=st.integers(0, 40), recent=st.integers(0, 40))
 @pytest.mark.parametrize("flat", [False, True])
 def test_sinks_and_recent_tokens_are_exact(backend, flat, case, sinks, recent):

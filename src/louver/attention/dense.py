@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from louver.attention.arithmetic import attention_arithmetic
 from louver.attention.on_store import OnStore
+from louver.kernels.reference.attend import attend_dense
 from louver.kernels.reference.product import true_float32
 from louver.kv.device import DeviceStore
 from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
@@ -74,6 +75,8 @@ def attend_everything(
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
     length = store.kv_len - store.kv_start
     lse = None
+    if kernel is None and not q.dtype == keys.dtype == values.dtype:
+        kernel = attend_dense  # torch's attention takes one dtype only
     if kernel is not None:  # which multiplies in float32 whatever torch is told to do
         out, lse = kernel(q, keys, values, store.kv_start, store.kv_len, softmax_scale)
     else:
@@ -182,7 +185,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, softm
 
 def _log_sum_exp(q: Tensor, keys: Tensor, valid: Tensor | None, softmax_scale: float) -> Tensor:
     """Natural log of the sum of e^logit over the valid keys, float32 [batch, num_q_heads]."""
-    logits = (group_heads(q, keys.shape[1]) @ keys.mT).float() * softmax_scale
+    logits = (group_heads(q.float(), keys.shape[1]) @ keys.float().mT) * softmax_scale
     if valid is not None:
         logits = logits.masked_fill(~valid[:, None, None], -torch.inf)
     return logits.logsumexp(-1).flatten(1)

@@ -8,6 +8,8 @@ from louver.errors import PolicyError
 from louver.policies.base import BasePolicy, number
 from louver.protocols import CutRule
 
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fixed(BasePolicy):
@@ -27,5 +29,6 @@ class Fixed(BasePolicy):
         return number(self.tau)
 
     def rule(self) -> CutRule:
-        """The same threshold for every head."""
-        return CutRule(drop=True, tau=self.tau)
+        """The same threshold for every head. One that float32 can't hold is infinite there: no finite score or bound reaches it, or all do."""
+        beyond = abs(self.tau) > LARGEST_FLOAT32
+        return CutRule(drop=True, tau=math.copysign(math.inf, self.tau) if beyond else self.tau)

@@ -52,7 +52,7 @@ def attend_selection(
     logits = score(q, keys, indptr, indices) * softmax_scale
     num_rows = indptr.numel() - 1
     peak = logits.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows, logits, "amax")
-    weights = torch.exp(logits - peak[rows])
+    weights = torch.exp(logits - torch.where(torch.isneginf(peak), 0.0, peak)[rows])
     total = logits.new_zeros(num_rows).index_add(0, rows, weights)
     batch, head = rows // q.shape[1], rows % q.shape[1]
     picked = values[batch, head // (q.shape[1] // keys.shape[1]), indices].float()
