@@ -172,9 +172,9 @@ inline Problem problem_of(const Array& q, const Array& keys, const MaybeArray& v
 
 // Raise unless a sketch is one of these rows: its blocks must not reach past the tokens they hold.
 inline void require_of(const SketchView& sketch, const Problem& problem) {
-    require(sketch.batch == problem.batch && sketch.heads == problem.num_kv_heads &&
-                sketch.head_dim == problem.head_dim,
-            "the sketch is of other rows than the keys; refresh the index");
+    require(
+        sketch.batch == problem.batch && sketch.heads == problem.num_kv_heads && sketch.head_dim == problem.head_dim,
+        "the sketch is of other rows than the keys; refresh the index");
     const int64_t room = sketch.capacity * (sketch.pages == nullptr ? 1 : sketch.table_width);
     for (int64_t row = 0; row < problem.batch; ++row)
         require(sketch.num_blocks[row] >= 0 && sketch.num_blocks[row] <= room &&
