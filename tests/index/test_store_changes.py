@@ -133,6 +133,7 @@ def test_blocks_below_a_cut_are_not_encoded_again():
     store.append(*tokens(3, 100))
     index = SketchIndex(store, config=CONFIG, backend="reference")
     index.refresh()
+    assert index.sketch is not None
     index.sketch.radius_least[:, :, :2] += 1000  # which marks what was encoded
     cut_and_grown_by_others(store)
     index.refresh()
@@ -170,7 +171,8 @@ def test_a_history_never_says_that_more_was_kept_than_was():
         seen.append(history.count)
         history = history.cut(kept)
         for before in range(0, number + 1, 7):
-            assert history.kept_since(seen[before]) <= min(cuts[before : number + 1])
+            since = history.kept_since(seen[before])
+            assert since is not None and since <= min(cuts[before : number + 1])
     assert history.kept_since(history.count) is None
     assert history.kept_since(seen[-1]) == cuts[-1]
     assert len(history.cuts) <= 33
