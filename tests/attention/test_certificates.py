@@ -177,6 +177,16 @@ def test_bounds_are_infinite_where_dense_attention_is_not_finite(make, where, ba
         assert not torch.isnan(bound).any(), spec
 
 
+@pytest.mark.parametrize("make", [FlatIndex.build, BallIndex.build, SketchIndex.build])
+@pytest.mark.parametrize("spec", ["topk:40", "budget:1", "dense", "mass:0.1"])
+def test_an_output_that_overflows_its_dtype_has_an_infinite_bound(make, spec):
+    """Values of another dtype than the query: 1e20 in bfloat16 is far beyond what float16 holds."""
+    case = build_case(3, kv_len=40, batch=1)
+    values = (case.values * 1e20).bfloat16()
+    result = attend(case.q.half(), make(case.keys.half(), values), policy=spec)
+    assert torch.isinf(result.out).any() and torch.isinf(result.certificate + result.arithmetic_bound).all()
+
+
 @pytest.mark.parametrize("spec", ["dense", "topk:9", "exact:0.1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_certificates_hold_under_autocast(spec, dtype):

@@ -18,13 +18,14 @@ def attention_arithmetic(
     softmax_scale: float,
     num_terms: Int[Tensor, "batch num_q_heads"],
     valid: Valid | None = None,
+    out: Query | None = None,
 ) -> PerQueryHead:
     """Bound on |computed - real| for softmax attention over num_terms keys per head, accumulated in float32.
 
     Each logit is off by at most d nats, so each weight by a factor e^d, which moves the output by at most
     (e^(2d) - 1) 2 max|v|; the sums add 2 gamma(n) max|v|, the output's dtype one rounding. A fused kernel also rounds each weight
     to the dtype of q before it multiplies the values, and where it is subnormal there the error is absolute. +inf where a valid
-    key or value is not finite.
+    key or value is not finite, or ``out``, which may have overflowed its dtype.
     """
     group_size = q.shape[1] // keys.shape[1]
     off = logit_error(q, keys, softmax_scale, valid)
@@ -34,6 +35,8 @@ def attention_arithmetic(
     sums = (2 * gamma(num_terms + 8) + num_terms * tiny).float()
     weights = 0.0 if q.dtype == torch.float32 else 2 * unit
     bound = (2 * torch.expm1(2 * off) * (1 + weights) + sums + weights + unit) * largest
+    if out is not None:
+        bound = torch.where(torch.isfinite(out).all(-1), bound, torch.inf)
     return torch.where(num_terms > 0, bound * (1 + 1e-5) + q.shape[2] ** 0.5 * tiny, 0.0)  # of nothing, exactly 0
 
 

@@ -151,7 +151,8 @@ class DenseResult(AttendResult):
     def arithmetic_bound(self) -> PerQueryHead:  # pyright: ignore[reportIncompatibleVariableOverride]
         """How far ``out`` can be from real arithmetic, [batch, num_q_heads]."""
         q, keys, values, valid, length, softmax_scale = self.__dict__["_asked"]
-        return attention_arithmetic(q, keys, values, softmax_scale, length[:, None].expand(q.shape[:2]), valid)
+        num_terms = length[:, None].expand(q.shape[:2])
+        return attention_arithmetic(q, keys, values, softmax_scale, num_terms, valid, self.out)
 
 
 def valid_tokens(kv_start: PerRow, kv_len: PerRow, longest: int) -> Tensor:

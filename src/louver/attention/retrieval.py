@@ -63,7 +63,7 @@ def attend_retrieval(
         found, mask, tau, out, lse, share = attend_above(everything_where(failed, cuts))
 
     group_size = q.shape[1] // keys.shape[1]
-    arithmetic = attention_arithmetic(q, keys, values, scale, mask.sum(-1), valid[:, 0])
+    arithmetic = attention_arithmetic(q, keys, values, scale, mask.sum(-1), valid[:, 0], out)
     left_out = valid.sum(-1) - mask.sum(-1)
     # A convex combination of values is no longer than the longest of them.
     largest = largest_norm(values, group_size, valid[:, 0])
