@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -135,6 +136,18 @@ def test_copies_are_independent():
     twin.append(tokens(1, 1), tokens(1, 1))
     twin.keys.zero_()
     assert len(store) == 3 and store.keys.abs().sum() > 0
+
+
+def test_a_pickled_store_shows_what_is_written_to_it():
+    store = DeviceStore()
+    store.append(*torch.randn(2, 1, 2, 9, 8))
+    assert store.keys.shape[2] == store.values.shape[2] == 9 and not store.has_padding
+    twin = pickle.loads(pickle.dumps(store))
+    twin.truncate(3)
+    keys, values = torch.randn(2, 1, 2, 6, 8)
+    twin.append(keys, values)
+    assert torch.equal(twin.keys[:, :, 3:], keys) and torch.equal(twin.values[:, :, 3:], values)
+    assert torch.equal(twin.keys[:, :, :3], store.keys[:, :, :3])
 
 
 def test_made_in_inference_mode_stays_writable():

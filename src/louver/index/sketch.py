@@ -45,7 +45,7 @@ class SketchIndex:
         ] = {}  # steps that attention keeps ready (attention/prepared.py); they hold this memory
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"prepared": {}}  # a copy has memory of its own
+        return self.__dict__ | {"prepared": {}, "_settled": None}  # a copy has memory of its own, written to anew
 
     @classmethod
     def build(

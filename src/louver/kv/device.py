@@ -6,7 +6,7 @@ O(1) amortised per token. A view stays valid until its tokens are truncated and 
 """
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -267,6 +267,10 @@ class DeviceStore:
 
     def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         return empty(shape, dtype, device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # In a pickle a view has memory of its own: it would go on showing what was there.
+        return self.__dict__ | {"_keys_view": None, "_values_view": None, "_padding_known": None}
 
     def __deepcopy__(self, memo: dict) -> "DeviceStore":
         twin = copy.copy(self)
