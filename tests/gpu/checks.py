@@ -106,6 +106,28 @@ def lost_beyond_the_grid(device: str, tau: float) -> int:
     return int((wanted & ~result.exact_mask).sum())
 
 
+def check_centers_above_every_key(policy: str, device: str, head_dim: int = 64, frame_len: int = 64) -> None:
+    """Of keys along the axes, one each, a block's center lies hundreds of nats above every key, and so does the grid: output as float64's."""
+    from louver import attend
+    from louver.index.sketch import SketchIndex
+    from louver.kernels import crossover
+    from louver.sketch.layout import SketchConfig
+
+    length = 3 * frame_len
+    keys = torch.zeros(1, 1, length, head_dim)
+    keys[:, :, torch.arange(length), torch.arange(length) % head_dim] = 100
+    values = torch.randn(1, 1, length, head_dim, generator=torch.Generator().manual_seed(1))
+    keys, values, q = (x.to(device, torch.float16) for x in (keys, values, torch.ones(1, 2, head_dim)))
+    with crossover.switched(False):
+        index = SketchIndex.build(keys, values, config=SketchConfig(frame_len=frame_len), backend="reference")
+        index.backend = "triton"
+        result = attend(q, index, policy=policy)
+    want = truth(q, keys, values, index.store.kv_start, index.store.kv_len)[2]
+    assert torch.isfinite(result.out).all()
+    assert ((result.out.double() - want).norm(dim=-1) <= (result.certificate + result.arithmetic_bound).double()).all()
+    assert (result.certificate + result.arithmetic_bound < 0.1).all()
+
+
 def check(case: Case, device: str) -> dict[str, float]:
     """Encode, step, and hold every promise of the step against float64; returns what was measured."""
     from louver.kernels import crossover

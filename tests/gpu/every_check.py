@@ -13,6 +13,7 @@ CASES = [
     *(partial(checks.check, case) for case in checks.SMALL),
     *(partial(checks.check_within, case) for case in checks.ERRORS),
     *(partial(looks_checks.check_looks, case) for case in looks_checks.LOOKS),
+    partial(checks.check_centers_above_every_key, "exact:0.01"),
     looks_checks.check_tiny_mass,
 ]
 

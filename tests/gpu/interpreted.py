@@ -23,6 +23,8 @@ if __name__ == "__main__":
     for case in (looks_checks.LOOKS[i] for i in (0, 1, 6, 8, 9, 10)):
         print(case.policy, looks_checks.check_looks(case, "cpu"), flush=True)
     looks_checks.check_tiny_mass("cpu")
+    for policy in ("exact:0.01", "error:0.1", "topk:3"):
+        checks.check_centers_above_every_key(policy, "cpu")
     for case in checks.UNKNOWN[1::2]:  # the card takes them all
         checks.check_unknown(*case, "cpu")
         print(*case, flush=True)

@@ -192,3 +192,9 @@ def test_tensor_core_accumulation_is_as_assumed():
 def test_bounds_beyond_the_grid_are_listed_whatever_the_threshold(tau):
     """A tenth of the blocks lie 50 nats above the others, and the grid ends 44 nats above the mean."""
     assert checks.lost_beyond_the_grid("cuda", tau) == 0
+
+
+@pytest.mark.parametrize("head_dim, frame_len", [(64, 64), (128, 128), (80, 33)])
+@pytest.mark.parametrize("policy", ["exact:0.01", "error:0.1", "topk:3", "fixed:5", "mass:0.1"])
+def test_a_grid_far_above_every_key_costs_time_and_no_output(policy, head_dim, frame_len):
+    checks.check_centers_above_every_key(policy, "cuda", head_dim, frame_len)

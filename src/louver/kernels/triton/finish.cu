@@ -74,17 +74,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(
     if (!DROP && whole[8] > 0.0f) shift = fmaxf(shift, unit);
     const bool nothing = shift == -INFINITE;
     shift = nothing ? 0.0f : shift;
+    // Where no key was sketched `unit` may lie far above all: nothing times e^(unit - shift), which may be infinite, is nothing.
+    const bool sketched = !DROP && !overflow && !(whole[8] == 0.0f);
     const float exact_scale = top == -INFINITE ? 0.0f : natural(top - shift), tier_scale = DROP || overflow ? 0.0f : natural(unit - shift);
+    auto of_tiers = [&](float x) { return x == 0.0f ? 0.0f : x * tier_scale; };
     float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     auto add = [&](float4 x, float by) { o.x += by * x.x, o.y += by * x.y, o.z += by * x.z, o.w += by * x.w; };
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) {
         const int p = part + j * PARTS;
         if (p < exacts) add(exact_ahead[j], exact_scale * scales[p]);
-        if (!DROP && j < TIERS_AHEAD && p < tiers && !overflow) add(tier_ahead[DROP ? 0 : j], tier_scale);
+        if (!DROP && j < TIERS_AHEAD && p < tiers && sketched) add(tier_ahead[DROP ? 0 : j], tier_scale);
     }
     for (int p = part + AHEAD * PARTS; p < exacts; p += PARTS) add(from_exact[p * COLUMNS], exact_scale * scales[p]);
-    if (!DROP && !overflow)
+    if (sketched)
         for (int p = part + TIERS_AHEAD * PARTS; p < tiers; p += PARTS) add(from_tiers[p * COLUMNS], tier_scale);
     shares[part][column] = o;
     __syncthreads();
@@ -94,8 +97,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(
     const float surplus_value = whole[2] * exact_scale, surplus = whole[3] * exact_scale;
     float coarse_surplus = 0.0f, coarse_spread = 0.0f;
     if (!DROP) {
-        total += whole[8] * tier_scale, floors += whole[9] * tier_scale, unread = whole[10] * tier_scale;
-        coarse_surplus = whole[11] * tier_scale, coarse_spread = (whole[12] + whole[13]) * tier_scale, reach += whole[14] * tier_scale;
+        total += of_tiers(whole[8]), floors += of_tiers(whole[9]), unread = of_tiers(whole[10]);
+        coarse_surplus = of_tiers(whole[11]), coarse_spread = of_tiers(whole[12] + whole[13]), reach += of_tiers(whole[14]);
     }
     const float safe = total > 0.0f ? total : 1.0f, part_of = 1.0f / safe;
     float square = 0.0f, off = 0.0f, furthest = 0.0f;
@@ -127,14 +130,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(
     float dropped = 0.0f, certificate;
     if (DROP) {  // the mass left out: bounded through the codes under the cut, and known for what was scored and rejected
         const float rejected = whole[5];
-        const float left = overflow || under == 0.0f ? -INFINITE : logarithm(under) + origin + BELOW + 0.001f;
-        const float loss = rejected > 0.0f ? logarithm(rejected) + origin : -INFINITE, highest = fmaxf(left, loss);
+        const float rounding = 0.001f + fabsf(origin) * 0x1p-21f;    // of what is added to logarithms, here and of `kept`
+        const float left = overflow || under == 0.0f ? -INFINITE : logarithm(under) + origin + BELOW + rounding;
+        const float loss = rejected > 0.0f ? logarithm(rejected) + origin + rounding : -INFINITE, highest = fmaxf(left, loss);
         float both = highest;
         if (highest != -INFINITE && highest != INFINITE) both = highest + logarithm(natural(left - highest) + natural(loss - highest)) + 0.001f;
-        const float kept = total > 0.0f ? shift + logarithm(floors) : -INFINITE;
-        dropped = both == -INFINITE ? 0.0f : 1.0f / (1.0f + natural(fminf(kept - both, 80.0f)));
+        const float kept = total > 0.0f ? shift + logarithm(floors) - fabsf(shift) * 0x1p-22f : -INFINITE, gap = kept - both;
+        dropped = both == -INFINITE ? 0.0f : 1.0f / (1.0f + natural(gap > 80.0f ? 80.0f : gap));    // NaN stays NaN
         if (nothing && both > -INFINITE) dropped = 1.0f;
-        certificate = dropped > 0.0f ? dropped * (furthest_value + away) * 1.001f : 0.0f;
+        certificate = dropped == 0.0f ? 0.0f : dropped * (furthest_value + away) * 1.001f;
     } else certificate = (coarse_spread + coarse_surplus * (away + arithmetic)) * 1.001f / floors;
     const int heads = gridDim.x;
     evidence[id] = total > 0.0f ? shift + logarithm(safe) : -INFINITE;

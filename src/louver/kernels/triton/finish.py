@@ -17,6 +17,11 @@ from louver.kernels.triton.common import (
 
 
 @triton.jit
+def _times(x, scale):
+    return tl.where(x == 0, 0.0, x * scale)
+
+
+@triton.jit
 def finish_kernel(
     exact_out, exact_sums, tier_out, tier_sums, low, cuts, tau, below, mean, counters, num_blocks, kv_start, kv_len,
     out, evidence, counts, num_q_heads, num_kv_heads, room, accumulation, out_unit,
@@ -60,17 +65,16 @@ def finish_kernel(
     coarse_spread = 0.0
     coarse_surplus = 0.0
     if not DROP:
+        # Where no key was sketched `unit` may lie far above all: nothing times e^(unit - shift), which may be infinite, is nothing.
         scale = tl.where(overflow, 0.0, exp(unit - shift))
-        unread = tl.sum(tl.load(tiers + 2), 0) * scale
-        coarse_surplus = tl.sum(tl.load(tiers + 3), 0) * scale
-        coarse_spread = (tl.sum(tl.load(tiers + 4), 0) + tl.sum(tl.load(tiers + 5), 0)) * scale
-        weights = tl.sum(tl.load(tiers), 0) * scale
-        reach += tl.where(overflow, 0.0, tl.sum(tl.load(tiers + 6), 0) * scale)
-        total += weights
-        floors += tl.sum(tl.load(tiers + 1), 0) * scale
+        unread = _times(tl.sum(tl.load(tiers + 2), 0), scale)
+        coarse_surplus = _times(tl.sum(tl.load(tiers + 3), 0), scale)
+        coarse_spread = _times(tl.sum(tl.load(tiers + 4), 0) + tl.sum(tl.load(tiers + 5), 0), scale)
+        reach += tl.where(overflow, 0.0, _times(tl.sum(tl.load(tiers + 6), 0), scale))
+        total += _times(sketched, scale)
+        floors += _times(tl.sum(tl.load(tiers + 1), 0), scale)
         parts = tl.load(tier_out + (pid * TIERS + p)[:, None] * D + d[None, :], mask=channel[None, :], other=0.0)
-        sketch_out = tl.sum(parts, 0) * scale + unread * m
-        merged += tl.where(overflow, 0.0, 1.0) * sketch_out
+        merged += tl.where(overflow, 0.0, tl.where(sketched == 0, 0.0, tl.sum(parts, 0) * scale) + unread * m)
         coarse_surplus = tl.where(overflow, 0.0, coarse_surplus)
         coarse_spread = tl.where(overflow, 0.0, coarse_spread)
     safe = tl.where(total > 0, total, 1.0)
@@ -91,16 +95,18 @@ def finish_kernel(
         # The mass left out: bounded through the histogram under the cut, and known for what was scored and rejected.
         rejected = tl.sum(tl.load(sums + 6), 0)
         under = tl.load(below + pid)
-        left = tl.where(overflow | (under == 0), -float("inf"), tl.log(under) + origin + BELOW + 0.001)
-        loss = tl.where(rejected > 0, tl.log(rejected) + origin, -float("inf"))
+        rounding = 0.001 + tl.abs(origin) * 2.0**-21  # of what is added to logarithms, here and of ``kept``
+        left = tl.where(overflow | (under == 0), -float("inf"), tl.log(under) + origin + BELOW + rounding)
+        loss = tl.where(rejected > 0, tl.log(rejected) + origin + rounding, -float("inf"))
         top = tl.maximum(left, loss)
         both = top + tl.log(exp(left - top) + exp(loss - top)) + 0.001
         both = tl.where(top == -float("inf"), top, tl.where(top == float("inf"), top, both))
-        kept = tl.where(total > 0, shift + tl.log(floors), -float("inf"))
-        dropped = tl.where(both == -float("inf"), 0.0, 1.0 / (1.0 + exp(tl.minimum(kept - both, 80.0))))
+        gap = tl.where(total > 0, shift + tl.log(floors) - tl.abs(shift) * 2.0**-22, -float("inf")) - both
+        gap = tl.where(gap > 80, 80.0, gap)  # NaN stays NaN
+        dropped = tl.where(both == -float("inf"), 0.0, 1.0 / (1.0 + exp(gap)))
         dropped = tl.where(nothing & (both > -float("inf")), 1.0, dropped)
         spread = tl.load(mine + SPREAD).to(tl.float32, bitcast=True)
-        certificate = tl.where(dropped > 0, dropped * (spread + away) * 1.001, 0.0)
+        certificate = tl.where(dropped == 0, 0.0, dropped * (spread + away) * 1.001)
     else:
         certificate = (coarse_spread + coarse_surplus * (away + arithmetic)) * 1.001 / floors
     rows = tl.num_programs(0)
