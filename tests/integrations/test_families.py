@@ -4,9 +4,10 @@ import pytest
 import torch
 import transformers as tf
 
-from integrations.scenarios import beams, greedy, left_padded_batch
+from integrations.scenarios import as_argument, beams, greedy, left_padded_batch
 from integrations.tiny_models import SHAPE
 from louver.attention import LouverAttention
+from louver.errors import LouverWarning
 from louver.integrations.transformers import attach
 from louver.sketch.layout import SketchConfig
 
@@ -66,6 +67,45 @@ def test_tokens_equal_sdpa(name, prompts):
         assert cache.stats.num_dense_calls == 0
     steps = tokens.shape[1] - prompts.single["input_ids"].shape[1] - 1
     assert cache.summary().num_steps == steps * num_calls
+
+
+def test_values_that_the_model_changes_are_attended_as_it_passes_them(prompts):
+    """DiffLlama attends the same keys twice, with each half of the values repeated: not what the cache holds."""
+    model = tf.DiffLlamaForCausalLM(tf.DiffLlamaConfig(**SHAPE)).eval()
+    ids = prompts.single["input_ids"]
+    expected = logits_one_by_one(model, tf.DynamicCache(config=model.config), ids)
+    cache = attach(model, layer=short_blocks)
+    with pytest.warns(LouverWarning, match="changes the keys or values"):
+        found = logits_one_by_one(model, cache, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert cache.summary().num_steps == 0
+
+
+def test_a_model_without_sdpa_keeps_its_attention(prompts):
+    """GIT's text decoder is eager only, and takes masks in another form, though its vision tower asks the interface."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "vocab_size": 128,
+    }
+    model = tf.GitForCausalLM(
+        tf.GitConfig(vision_config=vision, **text, initializer_range=0.15, eos_token_id=None)
+    ).eval()
+    expected = greedy(model, prompts, tf.DynamicCache(config=model.config))
+    with pytest.warns(LouverWarning, match="attended densely"):
+        cache = attach(model, layer=short_blocks)
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(greedy(model, prompts, cache), expected)
+
+
+def logits_one_by_one(model, cache, ids):
+    """Logits after a prompt, all but the last 6 tokens, and after each of those."""
+    chunks = [ids[:, :-6], *ids[:, -6:].split(1, 1)]
+    with torch.no_grad():
+        return torch.cat([model(chunk, **as_argument(cache), use_cache=True).logits for chunk in chunks], 1)
 
 
 def test_only_the_text_decoder_of_a_multimodal_model_is_attached(prompts):

@@ -105,6 +105,23 @@ def test_padding_that_changes_is_attended_densely(prompts, layer):
     assert cache.summary().num_steps == 0
 
 
+@pytest.mark.parametrize("chunk", [3, 7, 20])
+def test_left_padding_longer_than_a_chunk_of_the_prompt_is_served(prompts, layer, chunk):
+    """A row whose every token so far was padding may have more of it: prefill in chunks, as generate(prefill_chunk_size=N)."""
+    prompt, mask = prompts.left_padded["input_ids"], prompts.left_padded["attention_mask"].clone()
+    mask[1, :25] = 0
+    ids = [*prompt[:, :-3].split(chunk, 1), *prompt[:, -3:].split(1, 1)]
+    ends = torch.tensor([part.shape[1] for part in ids]).cumsum(0)
+    masks = [mask[:, :end] for end in ends]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected, logits, cache = both_ways(ids, masks, layer)
+    for row, length in enumerate(mask.sum(1)):
+        torch.testing.assert_close(logits[row, -length:], expected[row, -length:], rtol=1e-4, atol=1e-5)
+    assert cache.summary().num_steps >= 3 * len(cache.served_layers)
+    assert cache.stats.num_dense_calls == 0
+
+
 def test_left_padding_is_served(prompts, layer):
     prompt, mask = prompts.left_padded["input_ids"], prompts.left_padded["attention_mask"]
     ids, masks = [prompt[:, :-3], *prompt[:, -3:].split(1, 1)], [mask[:, : prompt.shape[1] - 3 + i] for i in range(4)]

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from louver.integrations.transformers import hook
 from louver.integrations.transformers.cache import LouverCache
-from louver.integrations.transformers.support import check_model, name_of
+from louver.integrations.transformers.support import check_model, name_of, takes_sdpa
 from louver.integrations.transformers.tuning import PolicyChoice, read_tuning
 from louver.policies import DEFAULT_POLICY
 
@@ -41,7 +41,8 @@ def attach(
         policy = read_tuning(tuning, decoder.config)
     cache = LouverCache(decoder.config, policy, **options)
     hook.register()
-    decoder.set_attn_implementation(_for_text(decoder.config))
+    if takes_sdpa(decoder):
+        decoder.set_attn_implementation(_for_text(decoder.config))
     if decoder.config.get_text_config(decoder=True)._attn_implementation != hook.NAME:
         cache.warn_unreached(f"{name_of(decoder.config)} does not use transformers' attention interface")
     return cache

@@ -180,7 +180,8 @@ class _CapturedLayer(LouverLayer):
         """Write one token at the clock's position; the buffers, marked."""
         self._keys.index_copy_(2, self._clock.position, key_states)
         self._values.index_copy_(2, self._clock.position, value_states)
-        return mark(self._keys.view_as(self._keys), self), self._values
+        keys, values = (mark(x.view_as(x), self) for x in (self._keys, self._values))
+        return keys, values
 
     def attend(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor:
         """One decode step over the buffers up to the clock's length."""

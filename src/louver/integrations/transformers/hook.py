@@ -1,4 +1,4 @@
-"""The attention function named "louver": asks the layer that marked the keys, or does what transformers' SDPA does.
+"""The attention function named "louver": asks the layer that marked the keys and values, or does what transformers' SDPA does.
 
 Served: one new token per row on a LouverLayer, with no mask or a left-padding mask, and up to 16 new tokens with a causal one,
 as assisted decoding verifies them. Everything else (prefill, another cache, an unusual mask) is dense attention by
@@ -45,7 +45,7 @@ def louver_attention_forward(
     """
     check_call(module, kwargs)
     layer = layer_of(key)
-    if layer is not None:
+    if layer is not None and layer_of(value) is layer:  # a model may attend other values than its cache holds
         check_no_training(key, dropout)
         out = _ask(layer, query, attention_mask, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
         if out is not None:
@@ -61,7 +61,7 @@ def _ask(layer: LouverLayer, query: Tensor, mask: Tensor | None, softmax_scale: 
     layer.answered()
     padding = layer.shared.read_padding(mask)
     is_decode = query.shape[2] == 1
-    if padding is None or not layer.accepts(padding):
+    if padding is None or not layer.accepts(padding, query.shape[2]):
         if is_decode:
             layer.shared.stats.num_dense_calls += 1
             layer.shared.warn_once(

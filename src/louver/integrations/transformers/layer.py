@@ -1,7 +1,7 @@
 """One full-attention layer of a LouverCache: transformers' cache-layer interface over a LayerAttention.
 
-``update`` marks the keys it returns with the layer they came from. Models pass that tensor straight on to their attention
-function, which finds the layer by the mark; no global state, and a copied cache's keys lead to the copied layer.
+``update`` marks the keys and values it returns with the layer they came from. Models pass those tensors straight on to their
+attention function, which finds the layer by the marks; no global state, and a copied cache's keys lead to the copied layer.
 """
 
 import warnings
@@ -129,23 +129,28 @@ class LouverLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self._unanswered >= _UNANSWERED_UPDATES:
             self.shared.warn_unreached(
-                f"layer {self.layer_idx} took {self._unanswered} forward passes and was never asked for attention; "
-                "attach(model) was not called, or the model does not use transformers' attention interface"
+                f"layer {self.layer_idx} took {self._unanswered} forward passes and was never asked for attention; attach(model) was "
+                "not called, or the model changes the keys or values it is handed, or does not use transformers' attention interface"
             )
         self._unanswered += 1
         with ordinary_tensors():
             keys, values = self.attention.append(key_states, value_states)
-        return mark(keys.view_as(keys), self), values  # a view of its own: the store keeps the other
+        return mark(keys.view_as(keys), self), mark(
+            values.view_as(values), self
+        )  # views of their own: the store keeps others
 
     def answered(self) -> None:
         """Note that the attention function found this layer."""
         self._unanswered = 0
 
-    def accepts(self, padding: Padding | None) -> bool:
-        """Whether a call with this padding can be served: left padding, the same as in the calls before."""
+    def accepts(self, padding: Padding | None, q_len: int) -> bool:
+        """Whether a call with q_len new tokens and this padding can be served: left padding, the same as in the calls before.
+
+        A row that holds nothing but padding so far, as the first chunks of a prompt can, may have more of it.
+        """
         if padding is None:
             return False
-        if self.padding is None:
+        if self.padding is None or self.padding.grows_to(padding, self.get_seq_length() - q_len):
             self.padding = padding
         return self.padding.counts == padding.counts
 
@@ -242,12 +247,12 @@ class LouverLayer(CacheLayerMixin):
         return f"LouverLayer({self.layer_idx}, {type(self.attention).__name__}, {self.get_seq_length():,} tokens)"
 
 
-def mark(keys: Tensor, layer: LouverLayer) -> Tensor:
-    """The keys, from which ``layer_of`` finds layer."""
-    setattr(keys, _MARK, layer)
-    return keys
+def mark(held: Tensor, layer: LouverLayer) -> Tensor:
+    """The keys or values held, from which ``layer_of`` finds layer."""
+    setattr(held, _MARK, layer)
+    return held
 
 
-def layer_of(keys: Tensor) -> LouverLayer | None:
-    """The LouverLayer that handed out keys, None if another cache did."""
-    return getattr(keys, _MARK, None)
+def layer_of(held: Tensor) -> LouverLayer | None:
+    """The LouverLayer that handed out these keys or values, None if another cache did, or the model made them."""
+    return getattr(held, _MARK, None)

@@ -26,6 +26,14 @@ class Padding:
         counts = tuple(self.counts[i] for i in ids.tolist())
         return Padding(self.kv_start[ids.to(self.kv_start.device)], counts) if any(counts) else NO_PADDING
 
+    def grows_to(self, other: "Padding", kv_len: int) -> bool:
+        """Whether other differs only in rows whose every token was padding when there were kv_len."""
+        if self.counts == other.counts:
+            return False
+        rows = max(len(self.counts), len(other.counts))
+        mine, theirs = (counts or (0,) * rows for counts in (self.counts, other.counts))
+        return all(a == b or kv_len <= min(a, b) for a, b in zip(mine, theirs, strict=True))
+
 
 NO_PADDING = Padding()
 

@@ -4,7 +4,7 @@ import warnings
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from louver.errors import LouverWarning, UnsupportedModelError
@@ -57,6 +57,16 @@ def check_model(module: nn.Module) -> Any:
             f"{name} has no layer with full attention, so Louver has nothing to serve", LouverWarning, stacklevel=3
         )
     return model
+
+
+def takes_sdpa(model: nn.Module) -> bool:
+    """Whether the text decoder says that it can attend through SDPA, or any function of that form: that is what Louver's is.
+
+    One that says neither builds its own masks and weights, whatever else of the model asks transformers' interface.
+    """
+    text: Any = model.config.get_text_config(decoder=True)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.config is text]
+    return not parts or any(part._supports_sdpa or part._supports_attention_backend for part in parts)
 
 
 def check_call(module: nn.Module, kwargs: dict[str, Any]) -> None:
