@@ -16,6 +16,10 @@ void encode_block(Sketch& sketch, const Array& keys, const MaybeArray& values, c
             "the sketch is of other rows than the keys");
     const CacheView k = view_of(keys, block_table);
     const CacheView v = values ? view_of(*values, block_table) : CacheView{};
+    for (int64_t row = 0; row < sketch.view.batch && !block_table; ++row)
+        require(kv_start.data()[row] >= 0 && kv_len.data()[row] <= static_cast<int64_t>(keys.shape(2)) &&
+                    row < static_cast<int64_t>(keys.shape(0)),
+                "kv_start and kv_len lie within the keys");
     for (int64_t row = 0; row < sketch.view.batch; ++row)
         require((kv_len.data()[row] - kv_start.data()[row]) / sketch.view.frame_len <= sketch.view.capacity,
                 "the sketch has no room for these blocks; call Sketch.reserve first");

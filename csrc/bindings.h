@@ -150,6 +150,7 @@ inline Problem problem_of(const Array& q, const Array& keys, const MaybeArray& v
     problem.keys = view_of(keys, block_table);
     if (values) problem.values = view_of(*values, block_table);
     problem.num_kv_heads = keys.shape(1);
+    require(problem.num_q_heads > 0 && problem.num_kv_heads > 0 && problem.head_dim > 0, "a problem without heads");
     require(problem.num_q_heads % problem.num_kv_heads == 0, "num_q_heads is a multiple of num_kv_heads");
     require(problem.group_size() <= 96, "at most 96 query heads per KV head are supported by the cpu backend");
     require(static_cast<int64_t>(keys.shape(3)) == problem.head_dim, "q and keys have the same head_dim");

@@ -40,6 +40,10 @@ def check_query(q: Tensor, keys: Tensor, is_finite: Callable[[Tensor], bool] = i
         raise ShapeError(f"q has batch={q.shape[0]} but the keys have batch={keys.shape[0]}")
     if q.shape[2] != keys.shape[3]:
         raise ShapeError(f"q has head_dim={q.shape[2]} but the keys have head_dim={keys.shape[3]}")
+    if not keys.shape[1] or not q.shape[1] or not q.shape[2]:
+        raise ShapeError(
+            f"q has shape {tuple(q.shape)} and the keys {tuple(keys.shape)}; wanted at least one head and channel"
+        )
     if q.shape[1] % keys.shape[1]:
         raise ShapeError(
             f"num_q_heads={q.shape[1]} is not a multiple of num_kv_heads={keys.shape[1]}; "

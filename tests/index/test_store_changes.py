@@ -164,6 +164,25 @@ def test_compiled_kernels_refuse_a_sketch_of_more_than_a_row_holds(spec):
         index.search(case.q, torch.zeros(2, 4))
 
 
+@pytest.mark.skipif(not native.available(), reason="the extension was not built")
+def test_compiled_kernels_refuse_to_encode_what_lies_outside_the_keys():
+    index = build_case(3, kv_len=96, config=CONFIG).index("cpu")
+    index.store.kv_start = torch.tensor([-70, 0])
+    with pytest.raises(ValueError, match="lie within the keys"):
+        index.refresh()
+
+
+def test_an_index_that_was_never_refreshed_answers():
+    store = DeviceStore()
+    for make in MAKE.values():
+        index = make(store)
+        if store.is_empty:
+            store.append(*tokens(3, 100))
+        q = torch.randn(2, 4, 64, generator=generator(1))
+        found = index.search(q, torch.full((2, 4), 20.0))
+        assert torch.equal(found.mask(100), FlatIndex(store).search(q, torch.full((2, 4), 20.0)).mask(100))
+
+
 def test_a_history_never_says_that_more_was_kept_than_was():
     history, seen = History(), []
     cuts = [int(x) for x in torch.randint(100, (300,), generator=generator(2))] + list(range(100, 200))

@@ -88,7 +88,7 @@ class SketchIndex:
         if self.sketch is not None and self._weight is not None:
             return
         keys = self.store.keys
-        if queries.dim() != 4 or queries.shape[1] % keys.shape[1] or queries.shape[3] != keys.shape[3]:
+        if queries.dim() != 4 or queries.shape[1] % max(1, keys.shape[1]) or queries.shape[3] != keys.shape[3]:
             raise ShapeError(
                 f"metric_queries have shape {tuple(queries.shape)}; wanted [batch, num_q_heads, q_len, head_dim] with "
                 f"num_q_heads a multiple of {keys.shape[1]} and head_dim={keys.shape[3]}"
@@ -101,8 +101,8 @@ class SketchIndex:
         self._follow()
         start = self.store.kv_start
         keys = self.store.keys
-        if self.sketch is not None and self._nothing_filled(start, keys.shape[2]):
-            return
+        if not keys.shape[3] or (self.sketch is not None and self._nothing_filled(start, keys.shape[2])):
+            return  # nothing was ever appended, or nothing since
         values, end = self.store.values, self.store.kv_len
         sketch = self._ready_sketch(keys, values)
         if self._encoded_start is None or not torch.equal(self._encoded_start, start):
@@ -176,9 +176,10 @@ class SketchIndex:
             ShapeError: q is not [batch, num_q_heads, head_dim] for these keys, or tau does not match q.
             NonFiniteError: q is not finite, or tau is NaN.
         """
-        keys, sketch = self.store.keys, self._current()
+        keys = self.store.keys
         check_query(q, keys)
         check_tau(tau, q)
+        sketch = self._current()
         (indptr, indices, scores), scanned = get_ops(self.backend).search(
             q, tau.float(), keys, sketch, self.store.kv_start, self.store.kv_len
         )
@@ -204,8 +205,9 @@ class SketchIndex:
         return self.bounds(q, softmax_scale, sinks, recent).summary
 
     def _current(self) -> Sketch:
-        assert self.sketch is not None, "refresh() before the first search"
         self._follow()
+        if self.sketch is None:
+            self.refresh()
         sketch, start = self._ready_sketch(self.store.keys, self.store.values), self.store.kv_start
         if self._encoded_start is not None and not torch.equal(self._encoded_start, start):
             sketch.num_blocks = torch.zeros_like(start)  # until the next refresh every token is open

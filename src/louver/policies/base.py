@@ -21,6 +21,9 @@ class BasePolicy:
     def __post_init__(self) -> None:
         if self.sinks < 0 or self.recent < 0:
             raise PolicyError(f"sinks={self.sinks} and recent={self.recent} must not be negative")
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value >= 2**63 and name != "seed":
+                raise PolicyError(f"{name}={value} is more keys than can be counted")
         self.check()
 
     def check(self) -> None:
