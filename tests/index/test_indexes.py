@@ -15,8 +15,8 @@ from helpers import (
     some_taus,
     true_scores,
 )
-from louver import FlatIndex, Selection, SketchIndex
-from louver.kernels import available_backends
+from louver import FlatIndex, Selection, SketchIndex, attend
+from louver.kernels import available_backends, crossover
 from louver.kv import DeviceStore
 from louver.protocols import KeyIndex, SelectionLike
 from louver.sketch import SketchConfig
@@ -224,3 +224,24 @@ def test_an_empty_index_answers_with_nothing(backend):
         found = index.search(torch.randn(2, 3, 64), torch.full((2, 3), -torch.inf))
         assert found.indices.numel() == 0 and found.indptr.tolist() == [0] * 7
         assert found.selected_fraction == found.scanned_fraction == 0
+
+
+@backends
+@pytest.mark.parametrize("spec", ["topk:3", "exact:0.1", "mass:0.1", "error:0.2"])
+def test_a_tensor_that_torch_negates_as_it_is_read(backend, spec):
+    """What ``z.conj().imag`` is: its memory holds the other sign."""
+    case = build_case(3, kv_len=60)
+    negated = torch._neg_view
+    tau = torch.full((2, 4), 3.0)
+    for q, keys, values in (
+        (negated(-case.q), case.keys, case.values),
+        (case.q, *map(negated, (-case.keys, -case.values))),
+    ):
+        index, plain = SketchIndex.build(keys, values, config=case.config, backend=backend), case.index(backend)
+        assert torch.equal(index.search(q, tau).mask(60), plain.search(case.q, tau).mask(60))
+        with crossover.switched(False):
+            for _ in range(3):  # the third is a step that was ready
+                result = attend(q, index, policy=spec)
+            assert torch.equal(result.out, attend(case.q, plain, policy=spec).out)
+        result = attend(q, plain, values, policy="topk:3")
+        assert torch.equal(result.out, attend(case.q, plain, case.values, policy="topk:3").out)

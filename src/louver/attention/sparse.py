@@ -62,11 +62,13 @@ def attend(
     index.refresh()
     keys, own = index.store.keys, index.store.values
     check_query(q, keys, _finite_check(index))
+    q = q.resolve_neg()  # kernels read memory
     own_values = values is None or own is None
     values = own if values is None else values
     if values is None:
         raise ShapeError("attention needs values: give them to build() or to attend()")
     check_keys_values(keys, values)
+    values = values.resolve_neg()
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
     if not 0 < scale < math.inf:
         raise ShapeError(f"softmax_scale={scale}; wanted a finite number above 0")
@@ -92,7 +94,7 @@ def attend_many(
     The result has batch * q_len rows, those of one row's tokens side by side.
     """
     index.refresh()
-    rows, q_len, kv_len = q.transpose(1, 2), q.shape[2], index.store.keys.shape[2]
+    rows, q_len, kv_len = q.resolve_neg().transpose(1, 2), q.shape[2], index.store.keys.shape[2]
 
     def step(q: Query, seen: SketchIndex) -> AttendResult:
         keys, values = seen.store.keys, seen.store.values

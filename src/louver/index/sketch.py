@@ -181,7 +181,7 @@ class SketchIndex:
         check_tau(tau, q)
         sketch = self._current()
         (indptr, indices, scores), scanned = get_ops(self.backend).search(
-            q, tau.float(), keys, sketch, self.store.kv_start, self.store.kv_len
+            q.resolve_neg(), tau.float(), keys, sketch, self.store.kv_start, self.store.kv_len
         )
         return Selection(
             indptr=indptr,

@@ -66,6 +66,7 @@ class DeviceStore:
         self, keys: Keys, values: Values | None, kv_start: PerRow | None = None, kv_len: PerRow | None = None
     ) -> None:
         check_keys_values(keys, values)
+        keys, values = keys.resolve_neg(), None if values is None else values.resolve_neg()  # kernels read memory
         self._keys, self._values, self._len = keys, values, keys.shape[2]
         self._kv_start = _per_row(0 if kv_start is None else kv_start, keys)
         self._kv_len = _per_row(keys.shape[2] if kv_len is None else kv_len, keys)
