@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from louver.errors import InputFileError
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -16,7 +18,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:  # it would name a file that nobody asked for
+        raise OSError(error.errno, error.strerror, str(target)) from None
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
@@ -27,6 +32,23 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         Path(temporary).unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+    """Raise an InputFileError for a file that can't be written, before the work whose result it is to hold. None is no file.
+
+    Nothing is made. A place that only turns out to be full, or taken, when the file is written is not foreseen.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise InputFileError(f"{path}: is a folder; wanted the name of a file")
+        folder = next(p for p in Path(path).absolute().parents if p.exists())
+        if not folder.is_dir():
+            raise InputFileError(f"{path}: {folder} is a file, not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputFileError(f"{path}: no permission to write in {folder}")
 
 
 def _sync_folder(folder: Path) -> None:

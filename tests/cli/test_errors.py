@@ -28,6 +28,8 @@ def run(*arguments):
         (["generate", "./no-such-model", "--prompt-file", "no-such-file.txt"], "no-such-file.txt"),
         (["generate", "./no-such-model", "--prompt-file", __file__], "no such folder"),
         (["generate", "./no-such-model", "--prompt-file", __file__, "--policy", "topk:0"], "keeps nothing"),
+        (["generate", "demo", "--prompt-file", __file__, "--store", "disk"], "--store disk needs --store-path"),
+        (["capture", "--layers", ""], "--layers: '' in '' can't be read"),
         (["generate", "demo", "--prompt-file", __file__, "--index", "tree"], "wanted one of sketch, flat, ball"),
     ],
 )
@@ -39,6 +41,45 @@ def test_bad_input_is_one_line(arguments, says, tmp_path):
     assert says in result.stderr
     assert len(told) == 1 and told[0].startswith("error: "), result.stderr
     assert not out.exists()
+
+
+PLACES = {
+    "info": "--json",
+    "demo": "--json",
+    "generate demo --prompt-file text": "--json",
+    "capture": "--out",
+    "experiment pruning --capture none": "--json",
+    "experiment precision --capture none": "--plot",
+    "experiment all": "--out",
+    "eval demo --tasks none": "--json",
+    "profile": "--html",
+    "tune": "--json",
+    "bench": "--json",
+    "report .": "--out",
+}
+
+
+@pytest.mark.parametrize("command", PLACES)
+def test_a_result_that_can_not_be_written_is_told_before_the_work(command, tmp_path, monkeypatch):
+    """At once, not after the minutes or hours that made it; nothing is read, run or left behind."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("Some text.")
+    for place, says in (("text/file", "is a file, not a folder"), (".", "is a folder; wanted the name of a file")):
+        if place == "." and command == "experiment all":
+            continue  # wants a folder
+        result = run(*command.split(), PLACES[command], place)
+        assert result.exit_code == 2 and says in result.stderr, result.output
+        assert result.stderr.count("\n") == 1 and not result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_place_that_fails_all_the_same_is_named_as_it_was_asked_for(tmp_path, monkeypatch):
+    def full(**_):
+        raise OSError(28, "No space left on device", str(tmp_path / ".info.json.x8y2"))
+
+    monkeypatch.setattr("tempfile.mkstemp", full)
+    result = run("info", "--json", tmp_path / "info.json")
+    assert result.exit_code == 2 and result.stderr == f"error: {tmp_path / 'info.json'}: No space left on device\n"
 
 
 def test_info_tells_the_machine(tmp_path):

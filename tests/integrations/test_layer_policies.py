@@ -55,6 +55,8 @@ def test_a_tuning_file(tmp_path):
         LouverCache.from_tuning(path, llama(num_hidden_layers=3).config)
     with pytest.raises(InputFileError, match="no such file; `louver tune"):
         LouverCache.from_tuning(tmp_path / "nothing", model.config)
+    with pytest.raises(InputFileError, match="is a folder"):
+        LouverCache.from_tuning(tmp_path, model.config)
     path.write_text("{}")
     with pytest.raises(InputFileError, match="not what `louver tune` writes"):
         LouverCache.from_tuning(path, model.config)

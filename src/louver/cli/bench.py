@@ -16,6 +16,7 @@ from louver.experiments.bench import Config, run
 from louver.experiments.bench_charts import charts
 from louver.experiments.charts import can_draw, chart_png
 from louver.experiments.rows import Row, write_bytes, write_rows
+from louver.files import check_writable
 
 
 @reports_errors
@@ -42,6 +43,7 @@ def bench(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
 ) -> None:
     """Time policies beside torch's attention and Louver's own dense kernel, in turn, and check every step in float64."""
+    check_writable(json, None if plot is None else plot / "bench_.png")
     if device not in ("cpu", "cuda"):
         raise InputFileError(f"--device {device}: wanted cpu or cuda")
     sizes = split_list("--shape", shape, int)

@@ -8,6 +8,7 @@ import typer
 from louver.cli.console import Stages, console, errors, reports_errors
 from louver.cli.lists import split_list
 from louver.experiments.capture import Config, run
+from louver.files import check_writable
 
 
 @reports_errors
@@ -20,11 +21,11 @@ def capture(
     out: Annotated[Path, typer.Option(help="The file to write.")] = Path("capture.safetensors"),
 ) -> None:
     """Run a text through a model once and keep queries, keys and values of some layers."""
-    named = layers is not None and layers != "all"
+    check_writable(out)
     config = Config(
         model=model,
         prompt_file=prompt_file,
-        layers=split_list("--layers", layers, int) if named and layers else None,
+        layers=None if layers in (None, "all") else split_list("--layers", layers, int),
         every_layer=layers == "all",
         num_queries=num_queries,
         max_tokens=tokens,

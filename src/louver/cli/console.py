@@ -34,7 +34,7 @@ def reports_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         except OSError as error:  # an output folder that cannot be made, a disk that is full
             if error.filename is None:
                 raise
-            fail(f"{error.filename}: {error.strerror}")
+            fail(f"{error.filename2 or error.filename}: {error.strerror}")
 
     return wrapped
 

@@ -12,6 +12,7 @@ from louver.experiments.demo import Config, run
 from louver.experiments.document import QUESTION
 from louver.experiments.plots import attention_png
 from louver.experiments.rows import write_bytes, write_rows
+from louver.files import check_writable
 
 
 @reports_errors
@@ -39,6 +40,7 @@ def demo(
         backend=backend,
     )
     rows_path, picture_path = json or out / "demo.json", out / "attention.png"
+    check_writable(rows_path, picture_path)
     with Stages() as stages:
         result = run(config, stages, say=lambda line: errors.print(line, style="dim"))
     more = {

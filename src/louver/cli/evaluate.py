@@ -11,6 +11,7 @@ from louver.cli.console import console, reports_errors
 from louver.cli.lists import split_list
 from louver.experiments.evaluation import Config, run
 from louver.experiments.rows import Row, write_rows
+from louver.files import check_writable
 from louver.policies import DEFAULT_POLICY
 
 
@@ -34,6 +35,7 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Write the rows to this file.")] = None,
 ) -> None:
     """Answer a benchmark with every decode step through a policy, beside dense attention."""
+    check_writable(json)
     config = Config(
         model=model,
         tasks=split_list("--tasks", tasks, str),

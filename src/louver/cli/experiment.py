@@ -19,6 +19,7 @@ from louver.experiments.charts import can_draw, chart_png, facts
 from louver.experiments.experiment import Experiment
 from louver.experiments.journal import Journal
 from louver.experiments.rows import write_bytes, write_rows
+from louver.files import check_writable
 
 experiment = typer.Typer(help="Measure bounds, policies and baselines on a real model.", no_args_is_help=True)
 
@@ -38,6 +39,7 @@ def command_of(described: Experiment) -> Any:
 
     @reports_errors
     def command(json: Path | None, per_layer: bool, plot: Path, **given: Any) -> None:
+        check_writable(json, plot)
         read = {name: _read(name, value, hints[name]) for name, value in given.items()}
         config = described.config(**read)
         with Stages() as stages:

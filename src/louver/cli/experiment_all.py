@@ -10,6 +10,7 @@ from louver.cli.lists import split_list
 from louver.experiments.report import build
 from louver.experiments.rows import write_text
 from louver.experiments.suite import Config, run
+from louver.files import check_writable
 
 
 @reports_errors
@@ -20,6 +21,7 @@ def run_all(
     only: Annotated[str | None, typer.Option(help="Some of the experiments, separated by commas.")] = None,
 ) -> None:
     """Run every experiment on one model and write the report; without --full on two layers, in minutes."""
+    check_writable(out / "report.html")
     config = Config(out=out, model=model, full=full, only=split_list("--only", only, str) if only else ())
     with Stages() as stages:
         written, failed = run(config, stages, say=lambda line: errors.print(line, style="dim", soft_wrap=True))

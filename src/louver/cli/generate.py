@@ -7,8 +7,10 @@ import typer
 
 from louver.cli.console import Stages, console, errors, reports_errors
 from louver.cli.defaults import INDEX_HELP, POLICY_HELP, default_policy
+from louver.errors import InputFileError
 from louver.experiments.generation import Config, run
 from louver.experiments.rows import write_rows
+from louver.files import check_writable
 
 
 @reports_errors
@@ -28,6 +30,9 @@ def generate(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
 ) -> None:
     """Generate greedily from a file through Louver; then say how fast, how much was read and what is certified."""
+    check_writable(json)
+    if store == "disk" and store_path is None:
+        raise InputFileError("--store disk needs --store-path, the folder its working files are to live in")
     config = Config(
         model=model,
         prompt_file=prompt_file,

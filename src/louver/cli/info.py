@@ -9,6 +9,7 @@ from rich.table import Table
 
 from louver.cli.console import console, reports_errors
 from louver.experiments.rows import machine, write_rows
+from louver.files import check_writable
 from louver.kernels import available_backends
 from louver.kernels.cpu import native
 
@@ -16,6 +17,7 @@ from louver.kernels.cpu import native
 @reports_errors
 def info(json: Annotated[Path | None, typer.Option(help="Also write it to this file.")] = None) -> None:
     """Show versions, devices and the cache folder."""
+    check_writable(json)
     facts = machine(seed=None)
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():

@@ -13,6 +13,7 @@ from louver.experiments.charts import can_draw, facts, profile_png
 from louver.experiments.profile import Config, Profile, run
 from louver.experiments.report import PROFILE, build_one
 from louver.experiments.rows import machine, write_bytes, write_rows, write_text
+from louver.files import check_writable
 
 
 @reports_errors
@@ -27,6 +28,7 @@ def profile(
     page: Annotated[Path, typer.Option("--html", help="The page to write.")] = Path("louver-profile.html"),
 ) -> None:
     """Look at every layer and head of a model reading a text, and say what Louver would read and miss."""
+    check_writable(json, plot, page)
     config = Config(model=model, prompt_file=prompt_file, max_tokens=tokens, wanted_error=wanted_error, backend=backend)
     with Stages() as stages:
         found = run(config, stages, say=lambda line: errors.print(line, style="dim"))

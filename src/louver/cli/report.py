@@ -8,6 +8,7 @@ import typer
 from louver.cli.console import console, reports_errors
 from louver.experiments.report import build
 from louver.experiments.rows import write_text
+from louver.files import check_writable
 
 
 @reports_errors
@@ -16,6 +17,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Put claims, findings, pictures and tables of every experiment on one page that needs no network."""
+    check_writable(out)
     page = build(folder)
     write_text(out, page)
     console.print(f"Wrote {out} ({len(page) / 2**20:.1f} MiB)", style="dim")

@@ -10,6 +10,7 @@ from louver.cli.console import Stages, console, reports_errors
 from louver.cli.lists import split_list
 from louver.experiments.rows import write_rows
 from louver.experiments.tuning import LADDER, MEASURES, SCOPES, Config, Tuning, run
+from louver.files import check_writable
 
 
 @reports_errors
@@ -34,6 +35,7 @@ def tune(
 
     Use the result with attach(model, tuning="louver-tuning.json") or LouverCache.from_tuning.
     """
+    check_writable(json)
     config = Config(
         model=model,
         prompt_file=prompt_file,

@@ -50,6 +50,8 @@ def read_tuning(path: str | os.PathLike[str], config: PreTrainedConfig) -> Polic
         policies, num_layers = document["policies"], document["num_layers"]
     except FileNotFoundError:
         raise InputFileError(f"{path}: no such file; `louver tune --json {path}` makes one") from None
+    except IsADirectoryError:
+        raise InputFileError(f"{path}: is a folder; wanted the file that `louver tune` wrote") from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         raise InputFileError(f"{path}: not what `louver tune` writes (wanted `policies` and `num_layers`)") from None
     mine = config.get_text_config(decoder=True).num_hidden_layers
