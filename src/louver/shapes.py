@@ -85,6 +85,12 @@ def check_tau(tau: Tensor, q: Tensor) -> None:
         raise NonFiniteError("tau is NaN; every comparison with it would be false and every key lost")
 
 
+def check_scale(softmax_scale: float) -> None:
+    """Raise a ShapeError unless the scale is finite and above 0: bounds of scores would not be bounds of logits."""
+    if not 0 < softmax_scale < math.inf:
+        raise ShapeError(f"softmax_scale={softmax_scale}; wanted a finite number above 0")
+
+
 def check_same_device(**tensors: Tensor) -> None:
     """Raise a ShapeError unless all tensors live on one device."""
     devices = [x.device for x in tensors.values()]

@@ -21,8 +21,8 @@ keys_only = louver.SketchIndex.build(KEYS)
 meta = torch.device("meta")
 
 
-def a_layer():
-    layer = louver.LouverAttention("exact:0.1")
+def a_layer(policy="exact:0.1"):
+    layer = louver.LouverAttention(policy)
     layer.append(KEYS, KEYS)
     return layer
 
@@ -79,6 +79,9 @@ CALLS = {
     "scale of zero": lambda: louver.attend(Q, index, softmax_scale=0.0),
     "scale of NaN": lambda: louver.attend(Q, index, softmax_scale=float("nan")),
     "scale of infinity": lambda: louver.attend(Q, index, softmax_scale=float("inf")),
+    "scale below zero, dense": lambda: a_layer("dense").attend(Q, -1.0),
+    "scale below zero, several tokens": lambda: a_layer().attend_many(torch.randn(1, 4, 3, 64), -1.0),
+    "several tokens of another batch": lambda: a_layer().attend_many(torch.randn(2, 4, 3, 64), 1.0),
     "unknown policy": lambda: louver.attend(Q, index, policy="exactly:0.1"),
     "policy of another type": lambda: louver.attend(Q, index, policy=0.01),
     "policy without its argument": lambda: louver.parse_policy("topk"),

@@ -51,6 +51,12 @@ EXPECTED = {
     "scale of zero": (SHAPE, "softmax_scale=0.0; wanted"),
     "scale of NaN": (SHAPE, "softmax_scale=nan; wanted"),
     "scale of infinity": (SHAPE, "softmax_scale=inf; wanted"),
+    "scale below zero, dense": (SHAPE, "softmax_scale=-1.0; wanted"),
+    "scale below zero, several tokens": (SHAPE, "softmax_scale=-1.0; wanted"),
+    "several tokens of another batch": (
+        SHAPE,
+        "(2, 4, 3, 64); wanted [batch, num_q_heads, q_len, head_dim] with batch=1",
+    ),
     "unknown policy": (POLICY, "unknown policy 'exactly' in 'exactly:0.1'; known: exact:F"),
     "policy of another type": (POLICY, "policy=0.01 is neither a specification"),
     "policy without its argument": (POLICY, "'topk' cannot be read; usage: topk:K"),

@@ -183,6 +183,24 @@ def test_an_index_that_was_never_refreshed_answers():
         assert torch.equal(found.mask(100), FlatIndex(store).search(q, torch.full((2, 4), 20.0)).mask(100))
 
 
+@pytest.mark.parametrize("make", [*MAKE, "flat"])
+def test_a_row_cut_below_its_padding_has_no_keys(make):
+    store = DeviceStore()
+    store.append(*tokens(3, 100))
+    store.kv_start = torch.tensor([60, 0], dtype=torch.int32)
+    index = FlatIndex(store) if make == "flat" else MAKE[make](store)
+    index.refresh()
+    index.truncate(40) if make != "flat" else store.truncate(40)
+    q = torch.randn(2, 4, 64, generator=generator(1))
+    found = index.search(q, torch.full((2, 4), -torch.inf))
+    assert not found.mask(40)[0].any() and found.mask(40)[1].all()
+    assert found.num_keys.tolist() == [0, 40] and found.num_scanned[0].tolist() == [0, 0]
+    for spec in ("topk:3", "dense", "exact:0.1" if isinstance(index, SketchIndex) else "mass:0.1"):
+        result = attend(q, index, policy=spec, record=True)
+        assert (result.out[0] == 0).all() and not result.exact_mask[0].any() and result.exact_mask[1].any()
+        assert result.stats.num_keys.tolist() == [[0, 0], [40, 40]]
+
+
 def test_a_history_never_says_that_more_was_kept_than_was():
     history, seen = History(), []
     cuts = [int(x) for x in torch.randint(100, (300,), generator=generator(2))] + list(range(100, 200))

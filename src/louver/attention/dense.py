@@ -17,7 +17,7 @@ from louver.kernels.reference.attend import attend_dense
 from louver.kernels.reference.product import true_float32
 from louver.kv.device import DeviceStore
 from louver.protocols import COUNTS, AttendResult, KVStore, StepStats
-from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, group_heads
+from louver.shapes import Keys, PerQueryHead, PerRow, Query, Values, check_query, check_scale, group_heads
 from louver.sketch.accounting import plain_byte_weights
 
 # Wider heads make torch leave its fused kernels when enable_gqa is set.
@@ -73,7 +73,8 @@ def attend_everything(
     else:
         padded = bool(store.kv_start.any() or (store.kv_len != kv_len).any())
     valid = valid_tokens(store.kv_start, store.kv_len, kv_len) if padded else None
-    length = store.kv_len - store.kv_start
+    check_scale(softmax_scale)
+    length = (store.kv_len - store.kv_start).clamp_min(0)
     lse = None
     if kernel is None and not q.dtype == keys.dtype == values.dtype:
         kernel = attend_dense  # torch's attention takes one dtype only

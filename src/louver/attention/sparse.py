@@ -1,6 +1,5 @@
 """One decode step: bounds -> policy -> cuts -> a kernel, and the evidence that comes with the result."""
 
-import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -23,7 +22,7 @@ from louver.policies.base import Dense
 from louver.policies.output_error import OutputError
 from louver.policies.spec import DEFAULT_POLICY, parse
 from louver.protocols import AttendResult, KeyIndex, Policy, StepStats
-from louver.shapes import Keys, Query, Values, check_keys_values, check_query, is_finite
+from louver.shapes import Keys, Query, Values, check_keys_values, check_query, check_scale, is_finite
 from louver.sketch.accounting import byte_weights
 from louver.sketch.layout import Sketch
 
@@ -70,8 +69,7 @@ def attend(
     check_keys_values(keys, values)
     values = values.resolve_neg()
     scale = q.shape[2] ** -0.5 if softmax_scale is None else softmax_scale
-    if not 0 < scale < math.inf:
-        raise ShapeError(f"softmax_scale={scale}; wanted a finite number above 0")
+    check_scale(scale)
     if isinstance(policy, Dense):
         return attend_everything(q, index.store, values, scale, record)
     if isinstance(index, SketchIndex):
@@ -93,7 +91,13 @@ def attend_many(
 
     The result has batch * q_len rows, those of one row's tokens side by side.
     """
+    check_scale(softmax_scale)
     index.refresh()
+    if q.dim() != 4 or q.shape[0] != index.store.keys.shape[0]:
+        batch = index.store.keys.shape[0]
+        raise ShapeError(
+            f"q has shape {tuple(q.shape)}; wanted [batch, num_q_heads, q_len, head_dim] with batch={batch}"
+        )
     rows, q_len, kv_len = q.resolve_neg().transpose(1, 2), q.shape[2], index.store.keys.shape[2]
 
     def step(q: Query, seen: SketchIndex) -> AttendResult:

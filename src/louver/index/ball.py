@@ -275,7 +275,7 @@ class BallIndex:
             indices=token[kept],
             scores=scores[kept],
             num_scanned=group_heads(candidate, self.store.keys.shape[1]).any(2).sum(-1),
-            num_keys=self.store.kv_len - self.store.kv_start,
+            num_keys=(self.store.kv_len - self.store.kv_start).clamp_min(0),
             num_q_heads=num_q_heads,
         )
 

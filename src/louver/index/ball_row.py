@@ -183,6 +183,8 @@ def cut(row: BallRow, keys: Tensor, row_len: int, split: Subspaces, config: Ball
     """The row without its tokens from row_len on. Enclosures still hold what is left; lost centers are chosen anew."""
     if row_len >= row.num_folded:
         return row
+    if row_len == 0:
+        return empty_row(row.group.shape[0], split, config, row.group.device)
     row = replace(row, group=row.group[:, :, :row_len], bounded=row.bounded[:, :row_len])
     if row.center_key is None:
         return row

@@ -183,13 +183,13 @@ class SketchIndex:
         (indptr, indices, scores), scanned = get_ops(self.backend).search(
             q.resolve_neg(), tau.float(), keys, sketch, self.store.kv_start, self.store.kv_len
         )
+        num_keys = (self.store.kv_len - self.store.kv_start).clamp_min(0)
         return Selection(
             indptr=indptr,
             indices=indices,
             scores=scores,
-            num_scanned=scanned
-            + (self.store.kv_len - self.store.kv_start - sketch.num_blocks * sketch.config.frame_len)[:, None],
-            num_keys=self.store.kv_len - self.store.kv_start,
+            num_scanned=scanned + (num_keys - sketch.num_blocks * sketch.config.frame_len)[:, None],
+            num_keys=num_keys,
             num_q_heads=q.shape[1],
         )
 

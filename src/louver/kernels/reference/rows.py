@@ -38,7 +38,7 @@ def to_tokens(
     """A mask in row coordinates, laid over token positions."""
     out = mask.new_zeros(*mask.shape[:2], kv_len)
     for row, start in enumerate(kv_start.tolist()):
-        width = min(mask.shape[2], kv_len - start)
+        width = max(0, min(mask.shape[2], kv_len - start))
         out[row, :, start : start + width] = mask[row, :, :width]
     return out
 
