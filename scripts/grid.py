@@ -37,6 +37,15 @@ def _paper(value: str, spec: str, target: str) -> Grid:
 GRIDS = {
     "grid-20": _paper("scanned_fraction", ".1%", "20"),
     "grid-1": _paper("scanned_fraction", ".1%", "0.01"),
+    "gpu-batch": Grid(
+        file="crossover_h100.json",
+        down=("batch", "{} rows"),
+        across=("kv_len", "of {:,} tokens"),
+        value="speedup_vs_best_dense",
+        spec=".2f",
+        side_by_side=("policy", ("budget:0.01", "topk:20", "exact:0.01")),
+        where={"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "index": "sketch"},
+    ),
     "grid-bytes": _paper("bytes_fraction", ".3f", "0.01"),
 }
 
@@ -59,5 +68,7 @@ def grid(name: str) -> str:
 
 def _cell(shown: Grid, rows: list[dict[str, Any]]) -> str:
     name, order = shown.side_by_side
+    if not rows:
+        return "–"
     by = {row[name]: row[shown.value] for row in rows}
     return " / ".join(format(by[key], shown.spec) if key in by else "–" for key in order)

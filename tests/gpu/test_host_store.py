@@ -1,7 +1,6 @@
 """Keys and values in the host's memory, read by the kernels of a real card."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from louver.errors import OutOfRoomError
 from louver.experiments.synthetic import heavy_tailed
 from louver.kernels import crossover
 from louver.kernels.triton import runtime
-from louver.kernels.triton.step import serves
 from louver.kv import HostStore
 
 pytestmark = pytest.mark.gpu
@@ -63,7 +61,7 @@ def test_room_is_refused_before_it_is_taken():
 
 @pytest.mark.parametrize("spec", ["exact:0.01", "budget:0.01", "topk:20", "fixed:30", "dense"])
 def test_a_layer_decodes_as_from_the_card(spec, monkeypatch):
-    monkeypatch.setattr(sys.modules[serves.__module__], "crossover", {"drop": 0, "keep": 0})
+    monkeypatch.setattr(crossover, "enabled", False)
     data = heavy_tailed(5003, num_q_heads=8, num_kv_heads=2, dtype=torch.float16, device="cuda")
     results = []
     for store in ("device", "host"):
@@ -114,7 +112,7 @@ def test_smollm2_decodes_the_same_tokens_for_64_steps(monkeypatch):
     from louver.experiments import demo_model
     from louver.integrations.transformers import attach
 
-    monkeypatch.setattr(sys.modules[serves.__module__], "crossover", {"drop": 0, "keep": 0})
+    monkeypatch.setattr(crossover, "enabled", False)
     model, tokenizer = demo_model()
     text = " ".join(f"On day {i} the keeper of the lighthouse counted {i * i % 97} ships." for i in range(150))
     inputs = tokenizer(text, return_tensors="pt").to("cuda")

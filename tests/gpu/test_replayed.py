@@ -2,7 +2,6 @@
 
 import gc
 import random
-import sys
 import threading
 
 import pytest
@@ -12,6 +11,7 @@ from louver.attention import LouverAttention
 from louver.attention.replayed import ReplayedSteps
 from louver.integrations.transformers import attach
 from louver.kernels import crossover
+from louver.kernels.triton import crossover as costs
 from louver.kernels.triton import graphs
 
 pytestmark = pytest.mark.gpu
@@ -127,9 +127,7 @@ def test_whatever_happens_in_between(seed):
 
 @pytest.mark.parametrize("policy", ["exact:0.05", "budget:0.05"])
 def test_over_the_length_up_to_which_a_step_is_dense(policy, monkeypatch):
-    monkeypatch.setitem(graphs.crossover, "drop", 1024)
-    monkeypatch.setitem(graphs.crossover, "keep", 1024)
-    monkeypatch.setattr(sys.modules[graphs.serves.__module__], "CROSSOVER_WIDTH", 128)
+    monkeypatch.setattr(costs, "is_short", lambda kind, rows, tokens, group, head_dim: tokens <= 1024)
     with crossover.switched(True):
         twins = Twins(policy, prompt=1010, batch=1)
         twins.steps(40)

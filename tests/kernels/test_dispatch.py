@@ -1,25 +1,39 @@
-"""Which caches the GPU backend attends densely."""
+"""Which steps the GPU backend attends densely: by the rows that its costs are fitted to."""
 
-import importlib
+import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-is_short = importlib.import_module("louver.kernels.triton.step").is_short
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "scripts"))
+
+import crossover as fit
+
+from louver.kernels.triton.crossover import DENSE, STEPS, is_short
+
+MEASURED = fit.times()
 
 
-@pytest.mark.parametrize(
-    "tokens, kv_heads, head_dim, group, short",
-    [
-        (8192, 8, 128, 4, {"drop": True, "keep": True}),
-        (40000, 8, 128, 4, {"drop": False, "keep": False}),
-        (40000, 8, 128, 7, {"drop": False, "keep": False}),
-        (131072, 8, 64, 4, {"drop": False, "keep": False}),
-        (131072, 4, 64, 7, {"drop": False, "keep": True}),
-        (262144, 4, 64, 7, {"drop": False, "keep": False}),
-        (8192, 32 * 8, 128, 4, {"drop": True, "keep": True}),
-    ],
-)
-def test_dense_is_taken_where_it_was_measured_to_be_faster(tokens, kv_heads, head_dim, group, short):
-    found = {name: is_short(tokens, kv_heads * head_dim, group, name == "drop") for name in ("drop", "keep")}
-    assert found == short
+@pytest.mark.parametrize("kind", ["dense", *STEPS])
+def test_costs_are_those_fitted_to_the_rows(kind):
+    assert fit.fitted(kind, MEASURED) == (DENSE if kind == "dense" else STEPS[kind])
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_no_measured_shape_is_slower_than_the_best_dense_kernel(kind):
+    gains = {shape: by["best"] / by[kind] for shape, by in MEASURED.items() if kind in by}
+    taken = [gain for shape, gain in gains.items() if not is_short(kind, *shape)]
+    left = [gain for shape, gain in gains.items() if is_short(kind, *shape)]
+    assert len(taken) >= (5 if kind == "looks" else 30)
+    assert min(taken) > 0.99
+    assert max(left) < 1.4  # what is left of the gain just below, and of rows too short
+    assert min(left) < 0.9  # a control: there is something to leave
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_what_counts_is_the_whole_batch(kind):
+    assert is_short(kind, 8, 8192, 4, 128)
+    assert not is_short(kind, 8, 40000, 4, 128)
+    assert not is_short(kind, 32 * 8, 8192, 4, 128)
+    assert is_short(kind, 64 * 8, 256, 4, 128)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from louver.attention.asked import num_asked_violations
 from louver.attention.fused import fused_step
 from louver.experiments.capture import Capture
+from louver.experiments.step_check import check
 from louver.experiments.synthetic import Synthetic, heavy_tailed
 from louver.index.sketch import SketchIndex
 from louver.kernels import crossover, get_ops
@@ -64,6 +64,21 @@ SUITE: tuple[dict, ...] = (
     {"kv_len": 1 << 20},
 )
 
+# On both sides of where a step turns dense, none of them turned: what kernels/triton/crossover.py is fitted to.
+_OTHER_WIDTHS = ((28, 4, 64), (9, 3, 64), (32, 8, 64), (8, 8, 128), (56, 8, 128), (16, 8, 256))
+CROSSOVER: tuple[dict, ...] = tuple(
+    shape | {"baselines": ("sdpa_flash", "sdpa_cudnn", "dense")}
+    for shape in (
+        *({"kv_len": n, "batch": b} for b in (1, 2, 4, 8, 16, 32, 64) for n in (1024, 2048, 4096, 8192, 16384)),
+        *({"kv_len": n, "batch": b, "policies": ("relative:4",)} for b in (1, 4, 16, 64) for n in (4096, 16384)),
+        *(
+            {"kv_len": n, "batch": b, "num_q_heads": q, "num_kv_heads": kv, "head_dim": d}
+            for q, kv, d in _OTHER_WIDTHS
+            for b, n in ((1, 32768), (4, 8192), (8, 4096), (32, 1024), (32, 2048), (32, 4096))
+        ),
+    )
+)
+
 
 def captured(config: Config) -> tuple[Config, Synthetic, str]:
     """A capture's last query over its tokens, a layer a row; the shape it has, and the model it is of."""
@@ -83,9 +98,9 @@ def captured(config: Config) -> tuple[Config, Synthetic, str]:
     return replace(config, **shape, head_dim=keys.shape[3]), data, capture.model
 
 
-def run(config: Config) -> Iterator[dict]:
-    """Yield result rows: one per baseline and policy."""
-    with crossover.switched(crossover.enabled and config.capture is None):
+def run(config: Config, dispatched: bool = True) -> Iterator[dict]:
+    """Yield result rows: one per baseline and policy; ``dispatched``: to dense where that is faster."""
+    with crossover.switched(dispatched and config.capture is None):
         yield from _run(config)
 
 
@@ -237,59 +252,6 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(len(values) * share / 100))]
 
 
-def check(
-    q: Tensor, keys: Tensor, values: Tensor, fast: TierOutput, recorded: TierOutput, scale: float, spec: str
-) -> dict:
-    """Recall over all keys, true error and certificate of a step, against float64; head by head to bound memory."""
-    group = q.shape[1] // keys.shape[1]
-    policy = parse(spec)
-    rule, drops = policy.rule(), policy.drops
-    asked = found = lost = 0
-    errors, bounds, dropped, dropped_bounds = [], [], [], []
-    selected = 0.0
-    for row in range(q.shape[0]):
-        for head in range(q.shape[1]):
-            kv = head // group
-            scores = torch.cat([k.double() @ q[row, head].double() for k in keys[row, kv].split(65536)])
-            weights = torch.softmax(scores * scale, 0)
-            want = torch.zeros_like(values[row, kv, 0], dtype=torch.float64)
-            for w, v in zip(weights.split(65536), values[row, kv].split(65536), strict=True):
-                want += w @ v.double()
-            assert recorded.exact_mask is not None
-            exact, tau = recorded.exact_mask[row, head], recorded.tau[row, head].double()
-            if fast.tau[row, head] == -torch.inf:  # the step went dense; recording takes the long way
-                exact, tau = torch.ones_like(exact), fast.tau[row, head].double()
-            lost += int(((scores >= tau) & ~exact).sum())
-            relevant = scores >= tau
-            if rule is not None and drops and rule.tau is None:
-                need = max(rule.count, -int(-(rule.share * keys.shape[2] - 1e-6) // 1), 1)
-                relevant = scores >= scores.topk(need).values[-1]
-            asked += int(relevant.sum())
-            found += int((relevant & exact).sum())
-            selected += float(exact.double().mean())
-            errors.append(float((fast.out[row, head].double() - want).norm() / want.norm()))
-            bounds.append(float((fast.certificate + fast.arithmetic_bound)[row, head] / want.norm()))
-            dropped.append(float(weights[~exact].sum()) if drops else 0.0)
-            dropped_bounds.append(float(fast.dropped_mass_bound[row, head]))
-    heads = len(errors)
-    violations = sum(e > b for e, b in zip(errors, bounds, strict=True))
-    violations += sum(d > b + 1e-6 for d, b in zip(dropped, dropped_bounds, strict=True))
-    return {
-        "recall": found / max(1, asked),
-        "num_false_negatives": lost + asked - found,
-        "selected_fraction": selected / heads,
-        "output_error": sum(errors) / heads,
-        "output_error_p99": percentile(errors, 99),
-        "output_error_bound": percentile(bounds, 50),
-        "dropped_mass": sum(dropped) / heads,
-        "dropped_mass_bound": sum(dropped_bounds) / heads,
-        "num_bound_violations": violations,
-        "num_asked_violations": num_asked_violations(policy, fast),
-        "guarantee": policy.guarantee,
-        "counts": fast.counts,
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run several lengths and write their rows; what ``louver bench --device cuda`` calls."""
     import argparse
@@ -308,18 +270,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--suite", action="store_true", help="every shape the docs show, whatever shape is given")
     parser.add_argument(
+        "--crossover", action="store_true", help="shapes on both sides of where a step turns dense, none of them turned"
+    )
+    parser.add_argument(
         "--capture", type=Path, help="a capture whose layers are measured after the shapes, a layer a row"
     )
     parser.add_argument("--json")
     args = parser.parse_args(arguments)
     rows: list[dict] = []
     asked = {n: getattr(args, n) for n in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "dtype")}
-    shapes = SUITE if args.suite else [{"kv_len": int(n), **asked} for n in args.kv_lens.split(",")]
+    shapes = [{"kv_len": int(n), **asked} for n in args.kv_lens.split(",")]
+    shapes = SUITE if args.suite else CROSSOVER if args.crossover else shapes
+    dispatched = crossover.enabled and not args.crossover
     shapes = [*shapes, *([{"kv_len": 0, "capture": args.capture}] if args.capture else [])]
     for shape in shapes:
-        config = Config(**shape, policies=tuple(args.policies.split(",")), repetitions=args.repetitions, seed=args.seed)
+        named = {"policies": tuple(args.policies.split(",")), "repetitions": args.repetitions, "seed": args.seed}
+        config = Config(**named | shape)
         print(", ".join(f"{k}={v}" for k, v in shape.items()), flush=True)
-        for row in run(config):
+        for row in run(config, dispatched):
             rows.append(row)
             name = row["policy"] if row["index"] == "sketch" else row["backend"]
             more = ""

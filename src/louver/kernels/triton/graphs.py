@@ -19,7 +19,7 @@ from louver.errors import BackendError
 from louver.kernels import crossover as dispatch
 from louver.kernels.triton import runtime
 from louver.kernels.triton.launch import rounded
-from louver.kernels.triton.step import crossover, serves
+from louver.kernels.triton.step import serves
 
 __all__ = ["Graph", "Place", "capture", "decided", "on", "place", "serves"]
 
@@ -78,7 +78,7 @@ def _captures(device: int) -> bool:
 
 def decided(tokens: int) -> tuple[int, Hashable]:
     """What the host decides of a step by its length: up to how many tokens it stays the same, and the switches that it goes by."""
-    return rounded(tokens), (dispatch.enabled, *crossover.values())
+    return rounded(tokens), dispatch.enabled
 
 
 def capture(body: Callable[[], R], at: Place) -> tuple[Graph, R]:

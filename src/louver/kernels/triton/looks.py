@@ -23,7 +23,7 @@ from torch import Tensor
 from louver.geometry.rounded_query import TENSOR_UNIT
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
 from louver.kernels.ops import TierOutput
-from louver.kernels.triton import native, step
+from louver.kernels.triton import crossover, native, step
 from louver.kernels.triton.common import BINS, COUNTERS, CROWDED
 from louver.kernels.triton.dense import attend_crowded, attend_everything
 from louver.kernels.triton.launch import buffers, cache_arguments, early_options, longest_row, num_splits, workspace
@@ -75,7 +75,7 @@ def attend_in_looks(
     batch, num_q_heads, head_dim = q.shape
     longest = longest_row(keys, block_table)
     record_here = record and block_table is None
-    if step.dense_is_faster(q, keys, longest, True) and not record_here and keys.dtype == values.dtype:
+    if crossover.dense_is_faster("looks", q, keys, longest) and not record_here and keys.dtype == values.dtype:
         dense = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
         return step.output_of(*dense, None)
     if not step.serves(q, sketch, keys, values):

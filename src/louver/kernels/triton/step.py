@@ -10,7 +10,7 @@
 
 In CUDA the scan counts, too, and every program of tiers reads the cuts off the histograms: there is no resolve.
 
-A list that overflows its room (plan.py) makes its KV head dense, in ``exact``, on the device. Below ``crossover`` tokens the step is dense.
+A list that overflows its room (plan.py) makes its KV head dense, in ``exact``, on the device. Where dense is faster (crossover.py) the step is dense.
 """
 
 # pyright: reportCallIssue=false
@@ -23,10 +23,9 @@ from torch import Tensor
 
 from louver.geometry.rounded_query import TENSOR_UNIT
 from louver.geometry.rounding import SAFETY, UNIT, UNIT_OF, gamma
-from louver.kernels import crossover as dispatch
 from louver.kernels.ops import TierOutput
 from louver.kernels.reference.step import step as reference_step
-from louver.kernels.triton import native, runtime
+from louver.kernels.triton import crossover, native
 from louver.kernels.triton.common import BINS, COUNTERS
 from louver.kernels.triton.dense import attend_everything
 from louver.kernels.triton.exact import exact_kernel, rank_kernel
@@ -39,29 +38,6 @@ from louver.kernels.triton.tiers import list_kernel, tiers_kernel
 from louver.protocols import CutRule
 from louver.shapes import Keys, PerRow, Query, Values
 from louver.sketch.layout import Sketch
-
-# Tokens of 8 KV heads of 128 channels up to which dense is faster (H100); tests set it to 0. A cache of fewer or narrower heads
-# has less to save per token, so it takes as many bytes, and at least as many tokens.
-crossover = {"drop": 15360, "keep": 18432}
-CROSSOVER_WIDTH = 8 * 128
-# Times as many in a narrower cache of which more than four query heads share a key (28 / 4 heads of 64: measured).
-NARROW_AND_SHARED = {"drop": 1.6, "keep": 2.25}
-
-
-def is_short(tokens: int, width: int, group: int, drop: bool) -> bool:
-    """Whether dense is faster for rows of so many tokens. ``width``: channels of a token over KV heads and rows of the batch."""
-    kind = "drop" if drop else "keep"
-    below = crossover[kind]
-    if width < CROSSOVER_WIDTH and group > 4:
-        below *= NARROW_AND_SHARED[kind]
-    return tokens * min(width, CROSSOVER_WIDTH) <= below * CROSSOVER_WIDTH
-
-
-def dense_is_faster(q: Tensor, keys: Tensor, longest: int, drop: bool) -> bool:
-    """Whether a step over rows of up to ``longest`` tokens is dispatched to dense attention."""
-    short = is_short(longest, q.shape[0] * keys.shape[1] * q.shape[2], q.shape[1] // keys.shape[1], drop)
-    slow_cache = keys.is_cuda and runtime.in_host_memory(keys)  # the bus makes dense slow at any length
-    return short and dispatch.enabled and not slow_cache
 
 
 def serves(q: Tensor, sketch: Sketch, keys: Tensor, values: Tensor) -> bool:
@@ -94,7 +70,11 @@ def step(
     batch, num_q_heads, head_dim = q.shape
     longest = longest_row(keys, block_table)
     record_here = record and block_table is None
-    if dense_is_faster(q, keys, longest, rule.drop) and not record_here and keys.dtype == values.dtype:
+    if (
+        crossover.dense_is_faster("drop" if rule.drop else "keep", q, keys, longest)
+        and not record_here
+        and keys.dtype == values.dtype
+    ):
         out, evidence, counts = attend_everything(q, keys, values, kv_start, kv_len, softmax_scale, block_table)
         return output_of(out, evidence, counts, None)
     if not serves(q, sketch, keys, values):
