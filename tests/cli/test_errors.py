@@ -29,6 +29,8 @@ def run(*arguments):
         (["generate", "./no-such-model", "--prompt-file", __file__], "no such folder"),
         (["generate", "./no-such-model", "--prompt-file", __file__, "--policy", "topk:0"], "keeps nothing"),
         (["generate", "demo", "--prompt-file", __file__, "--store", "disk"], "--store disk needs --store-path"),
+        (["bench", "--kv-lens", "512,0"], "wanted at least one key"),
+        (["bench", "--shape", "8,0,64"], "wanted num_q_heads,num_kv_heads,head_dim"),
         (["capture", "--layers", ""], "--layers: '' in '' can't be read"),
         (["generate", "demo", "--prompt-file", __file__, "--index", "tree"], "wanted one of sketch, flat, ball"),
     ],

@@ -129,6 +129,18 @@ def test_saving_over_the_file_one_reads_from(prompts, tmp_path):
     assert torch.equal(step(model, again, token), step(model, cache, token))
 
 
+@pytest.mark.parametrize(("before", "after"), [("sketch", "flat"), ("flat", "ball"), ("ball", "sketch")])
+def test_another_index_takes_over_where_it_is_asked_for(before, after, prompts, tmp_path):
+    model = llama()
+    cache = attach(model, policy="budget:1", index=before)
+    step(model, cache, prompts.left_padded["input_ids"])
+    cache.save(tmp_path / "cache")
+    loaded = LouverCache.load(tmp_path / "cache", model.config, index=after)
+    assert type(loaded.served_layers[0].attention.index).__name__.lower() == f"{after}index"
+    token = prompts.follow_up[:, :1].expand(3, 1)
+    torch.testing.assert_close(step(model, loaded, token), step(model, cache, token), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("index", ["flat", "ball"])
 def test_other_indexes_go_on_too(index, prompts, tmp_path):
     model = llama()
@@ -221,6 +233,10 @@ class TestRefusals:
     def test_no_file(self, tmp_path):
         with pytest.raises(CacheFileError, match="no such file"):
             LouverCache.load(tmp_path / "none", llama().config)
+
+    def test_a_folder(self, tmp_path):
+        with pytest.raises(CacheFileError, match="is no file"):
+            LouverCache.load(tmp_path, llama().config)
 
     def test_truncated(self, saved):
         file, config = saved

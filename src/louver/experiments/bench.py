@@ -49,7 +49,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputFileError(f"dtype={self.dtype!r} is unknown; wanted one of {', '.join(DTYPES)}")
-        if len(self.shape) != 3 or self.shape[0] % self.shape[1]:
+        if min(self.kv_lens) < 1:
+            raise InputFileError(f"kv_lens={self.kv_lens}; wanted at least one key")
+        if len(self.shape) != 3 or min(self.shape) < 1 or self.shape[0] % self.shape[1]:
             raise InputFileError(f"shape={self.shape}; wanted num_q_heads,num_kv_heads,head_dim, the first a multiple")
         for policy in self.policies:
             parse(policy)

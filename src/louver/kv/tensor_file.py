@@ -107,7 +107,7 @@ def read_tensors(path: str | os.PathLike[str], form: str) -> tuple[dict[str, Ten
         CacheFileError: there is no such file, or it is truncated, corrupt, or of another form.
     """
     if not Path(path).is_file():
-        raise CacheFileError(f"{path}: no such file")
+        raise CacheFileError(f"{path}: {'is no file' if Path(path).exists() else 'no such file'}")
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}

@@ -115,7 +115,7 @@ def load(
 
 def _arguments(saved: dict[str, Any], policy: str | None) -> dict[str, Any]:
     config = {} if "config" not in saved else {"config": SketchConfig(**saved["config"])}
-    return {"policy": policy or saved["policy"], "index": saved["index"], **config}
+    return {"policy": policy or saved["policy"], **config}
 
 
 def _padding(counts: list[int] | None, kv_start: Tensor) -> Padding | None:
