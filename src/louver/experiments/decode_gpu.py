@@ -27,7 +27,8 @@ DYNAMIC, STATIC = "DynamicCache", "StaticCache"
 DENSE = ("dense", DYNAMIC, STATIC)
 FLASH = ", flash"  # behind a dense way: torch's flash attention, not what torch would choose
 ROOM = 256  # tokens, for what is decoded
-RUNS = 5  # of a loop whose time is the host's
+RUNS = 15  # turns of a loop whose time is the host's; its speed differs by half from one second to the next, whoever attends
+SELDOM = 5  # turns of which one also has the ways that take four times as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def one_by_one(model: Any, config: Config) -> dict[str, dict]:
 def in_turn(model: Any, config: Config) -> dict[str, dict]:
     """Every way's milliseconds per token in ``generate``, and how often one step's attention made the host wait (None where that is not known).
 
-    Medians of RUNS, p20 and p80; and the median of the ratios to the best dense way's time of the same turn.
+    Medians of the turns, p20 and p80; and the median of the ratios to the best dense way's time of the same turn.
     """
     caches = {}
     gc.collect()
@@ -125,16 +126,22 @@ def in_turn(model: Any, config: Config) -> dict[str, dict]:
 
     for way in config.ways:
         generate(way, 4)
-    turns = [{way: generate(way, config.new_tokens) for way in config.ways} for _ in range(RUNS)]
+    often = [way for way in config.ways if way not in DENSE] or config.ways
+    turns = [
+        {way: generate(way, config.new_tokens) for way in (often if i % SELDOM else config.ways)} for i in range(RUNS)
+    ]
     best = [min((t for way, t in turn.items() if way.removesuffix(FLASH) in DENSE), default=None) for turn in turns]
     measured = {}
     for way in config.ways:
-        times = sorted(turn[way] for turn in turns)
-        ratios = [dense / turn[way] for turn, dense in zip(turns, best, strict=True) if dense is not None]
+        times = sorted(turn[way] for turn in turns if way in turn)
+        ratios = [
+            dense / turn[way] for turn, dense in zip(turns, best, strict=True) if dense is not None and way in turn
+        ]
         measured[way] = {
             "token_ms": statistics.median(times),
-            "token_ms_p20": times[RUNS // 5],
-            "token_ms_p80": times[RUNS - 1 - RUNS // 5],
+            "token_ms_p20": times[len(times) // 5],
+            "token_ms_p80": times[len(times) - 1 - len(times) // 5],
+            "num_turns": len(times),
             "turn_speedup": statistics.median(ratios) if ratios else None,
             "num_attention_syncs": syncs_of(caches[way][0], config),
         }

@@ -116,7 +116,8 @@ class SketchIndex:
             if values is not None and not sketch.num_blocks.any():
                 self._fix_value_mean(sketch, values, start, end)
             self.prepared.clear()  # they would keep what it outgrows
-            sketch.reserve(int(blocks.max()))
+            # And for as many as the store was asked to: the first block that closes would move all, and end what was captured.
+            sketch.reserve(max(int(blocks.max()), getattr(self.store, "reserve_tokens", 0) // self.config.frame_len))
             get_ops(self.backend).encode_block(keys, values, sketch, start, end)
         if bool((end == keys.shape[2]).all()):
             self._settled = (start, version(start), start.tolist(), blocks.tolist())

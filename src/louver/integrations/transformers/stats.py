@@ -4,9 +4,10 @@ Each attended layer adds a handful of sums that stay on the device, a few steps 
 asks. Memory does not grow with the number of steps, unless a history is asked for.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from louver.attention.dense import DenseResult, dense_stats
 from louver.attention.packed import Form, PackedResult
 from louver.protocols import AttendResult, StepStats
 
+T = TypeVar("T")
 _COUNTS = ("num_keys", "num_scanned", "num_exact", "num_coarse", "num_unread", "bytes_read", "bytes_dense")
 
 
@@ -78,27 +80,27 @@ class DecodeStats:
     def __init__(self, history: int = 0) -> None:
         self.history: deque[tuple[int, StepStats]] = deque(maxlen=history)
         self.num_dense_calls = 0  # decode calls served by plain SDPA, because of a mask that is no left padding
-        self._totals: dict[int, _Totals] = {}
+        self._totals = _Totals()
 
     def add(self, layer_idx: int, result: AttendResult) -> None:
         """Count one decode step of one layer."""
-        self._totals.setdefault(layer_idx, _Totals()).add(result)
+        self._totals.add(layer_idx, result)
         if self.history.maxlen:
             self.history.append((layer_idx, result.stats))
 
     def clear(self) -> None:
         """Forget everything counted so far."""
         self.history.clear()
-        self._totals.clear()
+        self._totals = _Totals()
         self.num_dense_calls = 0
 
     def summary(self) -> Summary:
         """Totals over all layers."""
-        return Summary(**_Totals.merged(list(self._totals.values())).figures())
+        return Summary(**self._totals.figures())
 
     def per_layer(self) -> list[LayerSummary]:
         """Totals of each layer that attended at least once, in order."""
-        return [LayerSummary(layer_idx=i, **self._totals[i].figures()) for i in sorted(self._totals)]
+        return [LayerSummary(layer_idx=i, **self._totals.figures(i)) for i in self._totals.layers()]
 
     def __repr__(self) -> str:
         s = self.summary()
@@ -111,9 +113,10 @@ class DecodeStats:
         )
 
 
-# Steps whose figures wait until their sums are taken together: one by one they would take longer than a short step.
+# Steps of a layer whose figures wait until their sums are taken together, those of all layers at once: layer by layer it would take the
+# host 1 ms each, and step by step longer than a short step.
 _PENDING = 64
-_PENDING_BYTES = 1 << 20  # of outputs, for large batches
+_PENDING_BYTES = 1 << 20  # of a layer's outputs, for large batches
 
 
 class _Figures(NamedTuple):
@@ -125,113 +128,142 @@ class _Figures(NamedTuple):
     dropped_mass_bound: Tensor
 
 
+class _Dense(NamedTuple):
+    """Of a dense step, whose certificates are 0."""
+
+    read: tuple[Tensor, int, int]  # arguments of dense_stats
+    num_outputs: int
+
+
+class _Sums(NamedTuple):
+    """Of some layers: sums of COUNTS and, behind them, of index_bytes, int64; sums and maxima of relative certificate and dropped mass bound, float64."""
+
+    counted: Tensor  # [layers, columns]
+    bounds: Tensor  # [layers, 2]
+    worst: Tensor  # [layers, 2]
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        return _Sums(self.counted + other.counted, self.bounds + other.bounds, torch.maximum(self.worst, other.worst))
+
+
 class _Totals:
-    """Sums and maxima of one layer, as small device tensors."""
+    """Sums and maxima of every layer, as small device tensors."""
 
     def __init__(self) -> None:
-        self.num_steps = 0
-        self.num_outputs = 0
-        self.tables: dict[_Kind, Tensor] = {}  # int64: the sums of COUNTS, and of index_bytes
-        self.sums: Tensor | None = None  # float64: relative certificate, dropped mass bound
-        self.worst: Tensor | None = None
-        self._pending: list[_Figures] = []
-        self._packed: dict[Form, list[PackedResult]] = {}
-        self._dense: list[tuple[Tensor, int, int]] = []  # arguments of dense_stats
-        self._waiting = 0
+        self._steps: Counter[int] = Counter()
+        self._outputs: Counter[int] = Counter()
+        self._sums: dict[tuple[tuple[int, ...], "_Kind"], _Sums] = {}
+        self._waiting: list[tuple[int, PackedResult | _Figures | _Dense]] = []
         self._waiting_bytes = 0
 
-    def add(self, result: AttendResult) -> None:
-        self.num_steps += 1
-        self.num_outputs += result.out.shape[0] * result.out.shape[1]
-        if isinstance(result, DenseResult):  # its certificates are 0
-            self._dense.append(result.read)
-        elif isinstance(result, PackedResult):
-            self._packed.setdefault(result.form, []).append(result)
-            self._waiting_bytes += result.out.nbytes
+    def add(self, layer_idx: int, result: AttendResult) -> None:
+        out = result.out
+        if isinstance(result, PackedResult):
+            kept = result
+        elif isinstance(result, DenseResult):
+            kept = _Dense(result.read, out.shape[0] * out.shape[1])
         else:
-            self._pending.append(_Figures(result.stats, result.out, result.certificate, result.dropped_mass_bound))
-            self._waiting_bytes += result.out.nbytes
-        self._waiting += 1
-        if self._waiting >= _PENDING or self._waiting_bytes > _PENDING_BYTES:
+            kept = _Figures(result.stats, out, result.certificate, result.dropped_mass_bound)
+        self._waiting.append((layer_idx, kept))
+        self._waiting_bytes += out.nbytes
+        layers = len(self._steps) or 1
+        if len(self._waiting) >= _PENDING * layers or self._waiting_bytes > _PENDING_BYTES * layers:
             self.settle()
 
     def settle(self) -> None:
         """Take in the figures that wait, those of one kind together."""
-        kinds: dict[tuple, list[_Figures]] = {}
-        for one in self._pending:
-            kinds.setdefault((_Kind.of(one.stats), one.stats.index_bytes is None), []).append(one)
-        shapes: dict[tuple[int, int], list[Tensor]] = {}
-        for length, *shape in self._dense:
-            shapes.setdefault((shape[0], shape[1]), []).append(length)
-        packed, self._packed = self._packed, {}
-        self._pending, self._dense, self._waiting, self._waiting_bytes = [], [], 0, 0
-        for some in kinds.values():
-            self._take(some)
-        for form, pieces in packed.items():
-            parts = {name: x.flatten(0, 1) for name, x in form.unpack(torch.stack([x.packed for x in pieces])).items()}
-            self._take([_Figures(form.stats(parts), parts["out"], parts["certificate"], parts["dropped_mass_bound"])])
-        for shape, lengths in shapes.items():
-            nothing = torch.zeros(2, dtype=torch.float64, device=lengths[0].device)
-            self._count(dense_stats(torch.cat(lengths), *shape))
-            self._bound(nothing, nothing)
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        forms: dict[int, Form] = {}  # by id: to hash a form for every result takes as long as all the rest
+        packed: dict[int, dict[int, list[PackedResult]]] = {}
+        dense: dict[tuple[int, int, torch.device], dict[int, list[_Dense]]] = {}
+        figures: dict[tuple, list[_Figures]] = {}
+        for layer, one in waiting:
+            self._steps[layer] += 1
+            if isinstance(one, PackedResult):
+                forms[id(one.form)] = one.form
+                packed.setdefault(id(one.form), {}).setdefault(layer, []).append(one)
+            elif isinstance(one, _Dense):
+                dense.setdefault((*one.read[1:], one.read[0].device), {}).setdefault(layer, []).append(one)
+            else:
+                figures.setdefault((layer, _Kind.of(one.stats), one.stats.index_bytes is None), []).append(one)
+        equal: dict[tuple[Form, torch.device], dict[int, list[PackedResult]]] = {}
+        for of, by_layer in packed.items():
+            for layer, some in by_layer.items():  # each on one device
+                equal.setdefault((forms[of], some[0].out.device), {}).setdefault(layer, []).extend(some)
+        for (form, _), by_layer in equal.items():
+            for layers, some in _as_many(by_layer):
+                parts = {k: x.flatten(0, 1) for k, x in form.unpack(torch.stack([x.packed for x in some])).items()}
+                self._take(layers, [_Figures(form.stats(parts), *(parts[name] for name in _Figures._fields[1:]))])
+        for (*shape, _), by_layer in dense.items():
+            for layers, some in _as_many(by_layer):
+                lengths = [x.read[0] for x in some]
+                nothing = torch.zeros(len(layers), 2, dtype=torch.float64, device=lengths[0].device)
+                for layer in layers:
+                    self._outputs[layer] += sum(x.num_outputs for x in some) // len(layers)
+                self._keep(layers, dense_stats(torch.cat(lengths), *shape), nothing, nothing)
+        for (layer, *_), some in figures.items():
+            self._take((layer,), some)
 
-    def _take(self, some: list["_Figures"]) -> None:
-        figures = zip(*((x.out, x.certificate, x.dropped_mass_bound) for x in some), strict=True)
-        outs, certificates, dropped = (_joined([x.flatten(0, 1) for x in each]) for each in figures)
+    def _take(self, layers: tuple[int, ...], some: list[_Figures]) -> None:
+        """Figures of layers, those of one behind those of the other, as many rows of each."""
+        each = zip(*((x.out, x.certificate, x.dropped_mass_bound) for x in some), strict=True)
+        outs, certificates, dropped = (_joined([x.flatten(0, 1) for x in one]) for one in each)
         index_bytes = [x.stats.index_bytes.flatten() for x in some if x.stats.index_bytes is not None]
         table = _joined([x.stats.table.flatten(0, 1) for x in some])
-        self._count(
-            replace(some[0].stats, table=table[None], index_bytes=_joined(index_bytes)[None] if index_bytes else None)
-        )
         norm = outs.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        bounds = torch.stack([certificates / norm, dropped]).double()
-        self._bound(bounds.sum(1), bounds.amax(1))
+        bounds = torch.stack([certificates / norm, dropped], -1).double().unflatten(0, (len(layers), -1))
+        for layer in layers:
+            self._outputs[layer] += bounds.shape[1]
+        stats = replace(
+            some[0].stats, table=table[None], index_bytes=_joined(index_bytes)[None] if index_bytes else None
+        )
+        self._keep(layers, stats, bounds.sum(1), bounds.amax(1))
 
-    def _count(self, stats: StepStats) -> None:
-        counted = stats.table.sum((0, 1))
-        more = counted.new_zeros(1) if stats.index_bytes is None else stats.index_bytes.sum().long()[None]
-        self._add_table(_Kind.of(stats), torch.cat([counted, more]))
+    def _keep(self, layers: tuple[int, ...], stats: StepStats, bounds: Tensor, worst: Tensor) -> None:
+        counted = stats.table.reshape(len(layers), -1, stats.table.shape[-1]).sum(1)
+        more = counted.new_zeros(len(layers), 1)
+        if stats.index_bytes is not None:
+            more = stats.index_bytes.reshape(len(layers), -1).sum(1, keepdim=True).long()
+        key, sums = (layers, _Kind.of(stats)), _Sums(torch.cat([counted, more], 1), bounds, worst)
+        held = self._sums.get(key)
+        self._sums[key] = sums if held is None else held.plus(sums)
 
-    def _add_table(self, kind: "_Kind", counted: Tensor) -> None:
-        held = self.tables.get(kind)
-        self.tables[kind] = counted if held is None else held + counted
+    def layers(self) -> list[int]:
+        """Those that attended, in order."""
+        return sorted({*self._steps, *(layer for layer, _ in self._waiting)})
 
-    def _bound(self, sums: Tensor, worst: Tensor) -> None:
-        if self.sums is None or self.worst is None:
-            self.sums, self.worst = sums, worst
-        else:
-            self.sums, self.worst = self.sums + sums, torch.maximum(self.worst, worst)
-
-    @classmethod
-    def merged(cls, parts: list["_Totals"]) -> "_Totals":
-        whole = cls()
-        for part in parts:
-            part.settle()
-            for kind, counted in part.tables.items():
-                whole._add_table(kind, counted.cpu())
-            if part.sums is not None and part.worst is not None:
-                whole._bound(part.sums.cpu(), part.worst.cpu())
-                whole.num_steps += part.num_steps
-                whole.num_outputs += part.num_outputs
-        return whole
-
-    def figures(self) -> dict:
+    def figures(self, layer: int | None = None) -> dict[str, int | float]:
+        """The fields of a Summary, of one layer or of all."""
         self.settle()
         counts = dict.fromkeys(_COUNTS, 0)
-        for kind, counted in self.tables.items():
-            stats = kind.stats(counted.cpu())
+        total, worst = [0.0, 0.0], [0.0, 0.0]
+        for (layers, kind), sums in self._sums.items():
+            if layer is not None and layer not in layers:
+                continue
+            rows = slice(None) if layer is None else slice(layers.index(layer), layers.index(layer) + 1)
+            counted, bounds, most = (x[rows].cpu() for x in sums)
+            stats = kind.stats(counted.sum(0))
             counts = {name: counts[name] + int(getattr(stats, name)) for name in _COUNTS}
-        if self.sums is None or self.worst is None:
-            mean, worst = [0.0, 0.0], [0.0, 0.0]
-        else:
-            mean, worst = (self.sums / self.num_outputs).tolist(), self.worst.tolist()
+            total = [a + b for a, b in zip(total, bounds.sum(0).tolist(), strict=True)]
+            worst = [max(a, b) for a, b in zip(worst, most.amax(0).tolist(), strict=True)]
+        outputs = self._outputs.total() if layer is None else self._outputs[layer]
+        mean = [x / max(1, outputs) for x in total]
         return counts | {
-            "num_steps": self.num_steps,
+            "num_steps": self._steps.total() if layer is None else self._steps[layer],
             "certificate_mean": mean[0],
             "certificate_worst": worst[0],
             "dropped_mass_bound_mean": mean[1],
             "dropped_mass_bound_worst": worst[1],
         }
+
+
+def _as_many(by_layer: dict[int, list[T]]) -> Iterator[tuple[tuple[int, ...], list[T]]]:
+    """Layers that have as many of something each, and all that they have, those of one behind those of the other."""
+    alike: dict[int, list[int]] = {}
+    for layer, some in by_layer.items():
+        alike.setdefault(len(some), []).append(layer)
+    for layers in alike.values():
+        yield tuple(layers), [one for layer in layers for one in by_layer[layer]]
 
 
 class _Kind(NamedTuple):
