@@ -34,6 +34,8 @@ SMALL = [
     Case(policy="exact:0.2", frame_len=128, kv_len=130, page_len=48),
     Case(policy="topk:3", kv_len=40),
     Case(policy="exact:0.02", spread=40.0),
+    Case(policy="topk:3000000000", kv_len=130),
+    Case(policy="exact:0.05+recent:3000000000", kv_len=130),
 ]
 
 # A policy, and what is not finite in one key or value: of such an output nothing may be claimed.
@@ -167,6 +169,7 @@ def _check(case: Case, device: str) -> dict[str, float]:
     assert rule is not None
     scores, valid, want, weights = truth(q, keys, values, start, stop)
     ends = (policy.sinks, policy.recent)
+    last = min(policy.recent, case.kv_len)
     result = step(q, keys, values, sketch, rule, start, stop, scale, *ends, True, True)
     if case.page_len:
         for k in (
@@ -184,7 +187,7 @@ def _check(case: Case, device: str) -> dict[str, float]:
     position = torch.arange(keys.shape[2], device=device)
     open_from = start + sketch.num_blocks * case.frame_len
     always = (position >= open_from[:, None]) | (position < (start + policy.sinks)[:, None])
-    always |= position >= (stop - policy.recent)[:, None]
+    always |= position >= (stop - last)[:, None]
     assert (exact | ~(always[:, None] & valid)).all(), "a key that is always exact was not"
     if not rule.drop:
         error = (out - want).norm(dim=-1)

@@ -27,7 +27,7 @@ from louver.kernels.triton import crossover, native, step
 from louver.kernels.triton.common import BINS, COUNTERS, CROWDED
 from louver.kernels.triton.dense import attend_crowded, attend_everything
 from louver.kernels.triton.launch import buffers, cache_arguments, early_options, longest_row, num_splits, workspace
-from louver.kernels.triton.plan import SHARE_BITS, TOLERANCE, Plan, plan_for
+from louver.kernels.triton.plan import MOST_KEYS, SHARE_BITS, TOLERANCE, Plan, plan_for
 from louver.kernels.triton.thresholds import first_kernel, last_kernel, second_kernel
 from louver.kernels.triton.weigh import list_new_kernel, weigh_kernel
 from louver.protocols import CutRule
@@ -138,7 +138,7 @@ def _narrow(
     stride = held if native_scan else 2 * BINS.value
     ratio = 0.0 if want.dropped_mass is None else want.dropped_mass / (1 - want.dropped_mass) * (1 - RESERVE)
     nats = 0.0 if want.nats is None else want.nats
-    choice = (round(want.share * (1 << SHARE_BITS)), TOLERANCE, max(1, want.count))
+    choice = (round(want.share * (1 << SHARE_BITS)), TOLERANCE, min(max(1, want.count), MOST_KEYS))
     asked = {
         "COUNTED": want.share > 0 or want.count > 0,
         "NEAR": want.nats is not None,

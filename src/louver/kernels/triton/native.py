@@ -15,7 +15,7 @@ from torch import Tensor
 from louver.geometry.rounded_query import quantized_query_slack
 from louver.kernels.triton import runtime
 from louver.kernels.triton.launch import NUM_MULTIPROCESSORS
-from louver.kernels.triton.plan import Plan
+from louver.kernels.triton.plan import MOST_KEYS, Plan
 from louver.sketch.layout import Sketch
 
 SLICES = {64: 1, 128: 2, 256: 4}  # head dimension -> radii per key
@@ -128,6 +128,7 @@ def scan(plan: Plan, x: Tensor, sinks: int, recent: int) -> None:
     for_two = _shared_memory(plan.keys.get_device()) // (CTAS_PER_MULTIPROCESSOR + 1)
     memory = max(_scan_memory(plan, warps, ahead), for_two)
     slack = quantized_query_slack(sketch.dims)
+    sinks, recent = min(sinks, MOST_KEYS), min(recent, MOST_KEYS)
     runtime.launch(
         _kernel(
             "scan.cu", "scan", plan, "scan.cuh", FRAME=METRICS[sketch.config.metric], Q=QUERIES[x.dtype], WARPS=warps, AHEAD=ahead,

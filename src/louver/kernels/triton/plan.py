@@ -15,6 +15,7 @@ from louver.sketch.layout import Sketch
 
 LONG = 1 << 18  # tokens
 SHARE_BITS = 40
+MOST_KEYS = 1 << 30  # that a row can hold: a listed token has so many bits; who asks for more asks for all
 TOLERANCE = 1 << 20  # in 2^-40: forgives a share such as 0.01 its binary rounding
 
 
@@ -146,7 +147,7 @@ def plan_for(
         choice=(
             round(rule.share * (1 << SHARE_BITS)),
             TOLERANCE,
-            max(1, rule.count),
+            min(max(1, rule.count), MOST_KEYS),
             min(max(rule.tau or 0.0, -1e30), 1e30),
             rule.unread_mass,
         ),
