@@ -107,16 +107,23 @@ def capture(body: Callable[[], R], at: Place) -> tuple[Graph, R]:
     return Graph(executable, pool, at.stream), result
 
 
+_capturing = threading.Lock()
+
+
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
-    """What a collection frees, an event or another graph, may not be freed during a capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    """What a collection frees, an event or another graph, may not be freed during a capture.
+
+    The collector is the process's, so threads capture in turn: the first to end would let it run during another's capture.
+    """
+    with _capturing:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if enabled:
+                gc.enable()
 
 
 def _check(status: int, what: str) -> None:
