@@ -3,7 +3,7 @@
 from shown.table import Table
 
 
-def _cpu(file: str) -> Table:
+def _cpu(file: str, **where: object) -> Table:
     """What `louver bench --device cpu` stored: ratios only, since an absolute time says little about another processor."""
     columns = (
         ("keys", "kv_len", ","),
@@ -15,7 +15,7 @@ def _cpu(file: str) -> Table:
         ("output error", "output_error", ".2%"),
         ("recall", "recall", ""),
     )
-    return Table(file=file, columns=columns, where={"backend": "cpu"})
+    return Table(file=file, columns=columns, where={"backend": "cpu"} | where)
 
 
 TABLES = {
@@ -175,6 +175,7 @@ TABLES = {
         where={"loop": "graph"},
     ),
     "cpu": _cpu("speed_cpu.json"),
+    "cpu-first": _cpu("speed_cpu.json", kv_len=40000, policy=("dense", "budget:0.01", "topk:20", "exact:0.01")),
     "cpu-131k": _cpu("speed_cpu_131k.json"),
     "cpu-narrow-float32": _cpu("speed_cpu_smollm2_f32.json"),
     "cpu-narrow-bfloat16": _cpu("speed_cpu_smollm2_bf16.json"),
