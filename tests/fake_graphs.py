@@ -36,6 +36,12 @@ class FakeGraphs:
     def place(self, device):
         return self.here
 
+    def stays(self, at):
+        return at == self.here
+
+    def copying(self, at):
+        return lambda into, given: [x.copy_(y) for x, y in zip(into, given, strict=True)]
+
     def decided(self, tokens):
         return -(-tokens // self.rounded) * self.rounded, crossover.enabled
 

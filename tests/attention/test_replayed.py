@@ -212,3 +212,45 @@ def test_what_the_host_must_decide_is_launched():
         twins = Twins(policy)
         twins.steps(8)
         assert [graph.result for graph in twins.graphs.captures] == [None]
+
+
+def test_blocks_that_close_while_there_is_room_end_nothing():
+    """A sketch is made with the room of its store, so that what was captured stands until the store itself grows."""
+    twins = Twins(prompt=37, graphs=FakeGraphs(rounded=1024))
+    graphs, layer = FakeGraphs(rounded=1024), replayed("exact:0.1", config=CONFIG, reserve_tokens=200)
+    graphs.layer, layer._replayed._graphs = layer, graphs
+    keys = twins.draw(2, KV_HEADS, 37, DIM)
+    layer.append(keys, keys)
+    layer.observe(twins.draw(2, HEADS, 37, DIM), None, SCALE)
+    for _ in range(150):  # 18 blocks of 8
+        token = twins.draw(2, KV_HEADS, 1, DIM)
+        layer.append(token, token)
+        layer.attend(twins.draw(2, HEADS, DIM), SCALE)
+    assert len(graphs.captures) == 2
+    assert layer.index.sketch.capacity >= 200 // 8
+
+
+def test_what_is_equal_stands_and_what_is_another_object_in_memory_does_not():
+    twins = Twins()
+    twins.steps(8)
+    captures = len(twins.graphs.captures)
+    for layer in (twins.one, twins.other):
+        layer.policy = parse("exact:0.1")
+    twins.steps(8)
+    assert len(twins.graphs.captures) == captures
+    sketch = twins.one.index.sketch
+    sketch.key_codes = sketch.key_codes.clone()  # somebody replaced a tensor of the sketch
+    twins.steps(8)
+    assert len(twins.graphs.captures) == captures + 1
+
+
+def test_queries_and_tokens_that_are_not_contiguous():
+    twins = Twins()
+    twins.steps(6)
+    replays = twins.graphs.replays
+    keys = twins.draw(2, 1, DIM, KV_HEADS).permute(0, 3, 1, 2)
+    for layer in (twins.one, twins.other):
+        layer.append(keys, keys.flip(1))
+    q = twins.draw(2, DIM, HEADS).mT
+    same(*(layer.attend(q, SCALE) for layer in (twins.one, twins.other)))
+    assert twins.graphs.replays == replays + 2

@@ -1,6 +1,7 @@
 """Single-token steps replayed from CUDA graphs against the same steps launched."""
 
 import gc
+import math
 import random
 import threading
 
@@ -281,3 +282,26 @@ def test_inference_mode_and_back():
         twins.steps(10)
     twins.steps(10)
     twins.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 8, 1, 128), (3, 2, 1, 64), (1, 1, 1, 1), (2, 3, 5, 7)])
+def test_copies_of_whatever_lies_anywhere(dtype, shape):
+    """Two tensors or one, contiguous or not, aligned or not."""
+    copy = graphs.copying(graphs.place(torch.device("cuda", torch.cuda.current_device())))
+    size = math.prod(shape)
+    for how in ("plain", "shifted", "turned", "negative"):
+        given = []
+        for _ in range(2):
+            x = torch.randn(size + 1, device="cuda").to(dtype)
+            x = {
+                "plain": x[:-1].view(shape),
+                "shifted": x[1:].view(shape),
+                "turned": x[:-1].view(shape[::-1]).permute(3, 2, 1, 0),
+                "negative": torch._neg_view(x[:-1]).view(shape),
+            }[how]
+            given.append(x)
+        into = [torch.full(shape, torch.nan, dtype=dtype, device="cuda") for _ in range(3)]
+        copy(into[:2], given)
+        copy(into[2:], given[1:])
+        assert torch.equal(into[0], given[0]) and torch.equal(into[1], given[1]) and torch.equal(into[2], given[1])

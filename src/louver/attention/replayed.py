@@ -10,9 +10,10 @@ tokens, a prompt, a recorded step, a capture that is under way) is launched as e
 """
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ from louver.sketch.accounting import byte_weights
 from louver.sketch.layout import Sketch
 
 R = TypeVar("R")
+K = TypeVar("K")
 T = TypeVar("T")
-_copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] - one launch for several tensors
 LAUNCHED = 2  # steps of a key before it is captured: a capture takes as long as a few
 
 
@@ -44,6 +45,11 @@ class Graph(Protocol):
         ...
 
 
+Copying = Callable[
+    [Sequence[Tensor], Sequence[Tensor]], None
+]  # (into, given): one launch; tensors of one shape and dtype
+
+
 @runtime_checkable
 class Graphs(Protocol):
     """A backend's way to capture (kernels/triton/graphs.py)."""
@@ -51,6 +57,14 @@ class Graphs(Protocol):
     def on(self, device: torch.device) -> AbstractContextManager: ...
     def place(self, device: torch.device) -> Any:
         """Where launches go, hashable; None where nothing can be replayed."""
+        ...
+
+    def stays(self, at: Any) -> bool:
+        """Whether ``place`` would say this again, its device being the current one. Asked twice a layer, so quick."""
+        ...
+
+    def copying(self, at: Any) -> Copying:
+        """What copies tensors there."""
         ...
 
     def decided(self, tokens: int) -> tuple[int, Hashable]:
@@ -66,27 +80,78 @@ class Graphs(Protocol):
         ...
 
 
-class Slot(Generic[T]):
+class Buffers:
+    """Where the tokens of a store are: the same objects, or another key. Not held, for they are most of a card's memory."""
+
+    __slots__ = ("_keys", "_values")
+
+    def __init__(self, store: DeviceStore) -> None:
+        keys, values = store.buffers
+        self._keys, self._values = ref(keys), ref(values)
+
+    def are(self, store: DeviceStore) -> bool:
+        """Whether they are the store's."""
+        keys = store._keys
+        return keys is not None and keys is self._keys() and store._values is self._values()
+
+
+class AppendKey(NamedTuple):
+    """What an append follows from."""
+
+    at: Any
+    buffers: Buffers
+
+    def stands(self, graphs: Graphs, store: DeviceStore) -> bool:
+        return graphs.stays(self.at) and self.buffers.are(store)
+
+
+class AttendKey(NamedTuple):
+    """What an attend follows from, by identity where that will do: fields of others, not properties, which take 5 µs between two layers."""
+
+    at: Any
+    buffers: Buffers
+    kv_start: Tensor
+    sketch: ref[Sketch]
+    version: int
+    decided: tuple[int, Hashable]
+    policy: Policy
+    softmax_scale: float
+    query: tuple[torch.Size, torch.dtype, torch.device]
+
+    def stands(
+        self, graphs: Graphs, q: Query, store: Any, sketch: Sketch, policy: Policy, softmax_scale: float
+    ) -> bool:
+        return (
+            self.sketch() is sketch
+            and sketch.version == self.version
+            and store._kv_start is self.kv_start
+            and self.buffers.are(store)
+            and graphs.stays(self.at)
+            and graphs.decided(store._len) == self.decided
+            and (policy is self.policy or policy == self.policy)
+            and softmax_scale == self.softmax_scale
+            and (q.shape, q.dtype, q.device) == self.query
+        )
+
+
+class Slot(Generic[K, T]):
     """One captured sequence, with the key it was captured under."""
 
     def __init__(self) -> None:
         self.held: T | None = None
-        self._key: Any = None
+        self.key: K | None = None
         self._steps = 0
 
-    @property
-    def is_new(self) -> bool:
-        """Whether nothing was asked of it yet."""
-        return self._key is None
+    def begin(self, key: K) -> None:
+        """Another key, asked for the first time."""
+        self.held, self.key, self._steps = None, key, 1
 
-    def at(self, key: Any, make: Callable[[], T | None] | None) -> T | None:
-        """What make gave for this key, made once the key was asked for LAUNCHED times; None before, and where it gave nothing.
+    def again(self, make: Callable[[], T | None] | None) -> T | None:
+        """What make gave for the key, made once that was asked for LAUNCHED times; None before, and where it gave nothing.
 
         make is None where it is too early for it; it is then made a step later.
         """
-        if key != self._key:
-            self.held, self._key, self._steps = None, key, 1
-        elif self._steps < LAUNCHED:
+        if self._steps < LAUNCHED:
             self._steps += 1
         elif self._steps == LAUNCHED and make is not None:
             self._steps += 1
@@ -100,6 +165,7 @@ class Appending(NamedTuple):
     graph: Graph
     new: list[Tensor]
     clock: Clock
+    copy: Copying
 
 
 class Attending(NamedTuple):
@@ -107,9 +173,10 @@ class Attending(NamedTuple):
 
     graph: Graph
     clock: Clock
-    q: Tensor
-    packed: Tensor
+    q: list[Tensor]
+    packed: list[Tensor]
     form: Form
+    copy: Copying
 
 
 class ReplayedSteps:
@@ -123,7 +190,7 @@ class ReplayedSteps:
     def __init__(self, backend: str = "auto", graphs: Graphs | None = None) -> None:
         self._backend, self._graphs = backend, graphs
         self._looked = graphs is not None  # for the backend's graphs
-        self._appending, self._attending = Slot[Appending](), Slot[Attending]()
+        self._appending, self._attending = Slot[AppendKey, Appending](), Slot[AttendKey, Attending]()
         self._len = -1  # tokens of the store as the clock has them
 
     def __reduce__(self) -> tuple:
@@ -138,60 +205,78 @@ class ReplayedSteps:
 
     def append(self, store: DeviceStore, keys: Keys, values: Values) -> bool:
         """Take one token a row into the store by a replay. False: it was not, and nothing happened."""
-        graphs = self._graphs_on(keys.device)
+        slot, graphs = self._appending, self._graphs or self._graphs_on(keys.device)
         if graphs is None or not store.takes(keys, values):
             return False
-        with graphs.on(keys.device):
-            at = graphs.place(keys.device)
-            if at is None:
-                return False
-            held, room = store.buffers
-            key = (at, held.data_ptr(), room.data_ptr(), held.shape, held.dtype)
-            taken = self._appending.at(key, lambda: self._capture_append(graphs, at, store, keys, values))
-            if taken is None:
-                return False
-            if store.kv_len is not taken.clock.kv_len or self._len != len(store):
-                taken.clock.set(len(store))  # a crop, say, or a prompt
-            self._len = -1  # until it is done: a failure leaves the clock ahead
-            _copy_each(taken.new, [keys, values])
-            taken.graph.replay()
-            store.advance(taken.clock.kv_len)
-            self._len = len(store)
+        key = slot.key
+        if key is None or not key.stands(graphs, store):
+            with graphs.on(keys.device):
+                at = graphs.place(keys.device)
+            if at is not None:
+                slot.begin(AppendKey(at, Buffers(store)))
+            return False
+        taken = slot.held or slot.again(lambda: self._capture_append(graphs, key.at, store, keys, values))
+        if taken is None:
+            return False
+        if store.kv_len is not taken.clock.kv_len or self._len != len(store):
+            taken.clock.set(len(store))  # a crop, say, or a prompt
+        self._len = -1  # until it is done: a failure leaves the clock ahead
+        taken.copy(taken.new, (keys, values))
+        taken.graph.replay()
+        store.advance(taken.clock.kv_len)
+        self._len = store._len
         return True
 
     def attend(self, q: Query, index: KeyIndex, policy: Policy, softmax_scale: float) -> AttendResult | None:
         """One step by a replay, if the last token came by one; None: not now."""
-        graphs, taken = self._graphs, self._appending.held
-        if graphs is None or self._appending.is_new or not isinstance(index, SketchIndex):
+        graphs, taken, slot = self._graphs, self._appending.held, self._attending
+        if graphs is None or self._appending.key is None or not isinstance(index, SketchIndex):
             return None
-        with graphs.on(q.device):
-            at = graphs.place(q.device)
-            if at is None:
-                return None
-            index.refresh()
-            store: Any = index.store
-            sketch = index.sketch
-            assert sketch is not None, "refresh() makes it"
-            tokens, switches = graphs.decided(len(store))
-            shapes = (q.shape, q.dtype, sketch.capacity, sketch.config)
-            keys, values = store.buffers
-            addresses = (keys.data_ptr(), values.data_ptr(), store.kv_start.data_ptr(), *sketch.addresses())
-            key = (at, tokens, switches, policy, softmax_scale, shapes, addresses)
-            if taken is None or store.kv_len is not taken.clock.kv_len or self._len != len(store):
-                self._attending.at(key, None)
-                return None
-            how = (tokens, policy, softmax_scale)
-            step = self._attending.at(
-                key, lambda: self._capture_attend(graphs, at, q, index, sketch, taken.clock, *how)
+        index.refresh()
+        store: Any = index.store
+        sketch = index.sketch
+        assert sketch is not None, "refresh() makes it"
+        counted = taken is not None and store._kv_len is taken.clock.kv_len and self._len == store._len
+        key = slot.key
+        if key is None or not key.stands(graphs, q, store, sketch, policy, softmax_scale):
+            with graphs.on(q.device):
+                at = graphs.place(q.device)
+            if at is not None:
+                slot.begin(self._attend_key(graphs, at, q, store, sketch, policy, softmax_scale))
+            return None
+        step = slot.held
+        if step is None or not counted:
+            clock = taken.clock if counted and taken is not None else None
+            step = slot.again(
+                None if clock is None else lambda: self._capture_attend(graphs, key, q, index, sketch, clock)
             )
-            if step is None:
+            if step is None or clock is None:
                 return None
-            if step.clock is not taken.clock:  # of another batch that came in between
-                self._attending = Slot()
-                return None
-            step.q.copy_(q)
-            step.graph.replay()
-            return PackedResult(step.packed.clone(), step.form)
+        assert taken is not None
+        if step.clock is not taken.clock:  # of another batch that came in between
+            self._attending = Slot()
+            return None
+        step.copy(step.q, (q,))
+        step.graph.replay()
+        (packed,) = step.packed
+        piece = torch.empty_like(packed)
+        step.copy((piece,), step.packed)
+        return PackedResult(piece, step.form)
+
+    def _attend_key(
+        self, graphs: Graphs, at: Any, q: Query, store: Any, sketch: Sketch, policy: Policy, softmax_scale: float
+    ) -> AttendKey:
+        return AttendKey(
+            at,
+            Buffers(store),
+            store.kv_start,
+            ref(sketch),
+            sketch.version,
+            graphs.decided(len(store)),
+            policy,
+            softmax_scale,
+            (q.shape, q.dtype, q.device),
+        )
 
     def _capture_append(
         self, graphs: Graphs, at: Any, store: DeviceStore, keys: Keys, values: Values
@@ -205,26 +290,19 @@ class ReplayedSteps:
                 for buffer, x in zip(buffers, new, strict=True):
                     buffer.index_copy_(2, clock.position, x)
 
-            _copy_each(new, [keys, values])
+            for x, given in zip(new, (keys, values), strict=True):
+                x.copy_(given)
             clock.set(held)
             captured = self._captured(lambda: graphs.capture(write, at))
-            return None if captured is None else Appending(captured[0], new, clock)
+            return None if captured is None else Appending(captured[0], new, clock, graphs.copying(at))
 
     def _capture_attend(
-        self,
-        graphs: Graphs,
-        at: Any,
-        q: Query,
-        index: SketchIndex,
-        sketch: Sketch,
-        clock: Clock,
-        tokens: int,
-        policy: Policy,
-        softmax_scale: float,
+        self, graphs: Graphs, key: AttendKey, q: Query, index: SketchIndex, sketch: Sketch, clock: Clock
     ) -> Attending | None:
+        policy, tokens = key.policy, key.decided[0]
         store: Any = index.store
         keys, values = (x[:, :, :tokens] for x in store.buffers)
-        ops, place = get_ops(index.backend), (store.kv_start, clock.kv_len, softmax_scale)
+        ops, place = get_ops(index.backend), (store.kv_start, clock.kv_len, key.softmax_scale)
         if not follows(policy, ops) or not graphs.serves(q, sketch, keys, values) or sketch.pages is not None:
             return None
         weights = byte_weights(sketch.head_dim, sketch.dims, sketch.num_slices, sketch.config.frame_len)
@@ -236,8 +314,11 @@ class ReplayedSteps:
                 assert done is not None, "follows() and serves() said so"
                 return pack(*done, weights, sketch.head_dim, policy.drops)
 
-            captured = self._captured(lambda: graphs.capture(run, at))
-        return None if captured is None else Attending(captured[0], clock, held, *captured[1])
+            captured = self._captured(lambda: graphs.capture(run, key.at))
+        if captured is None:
+            return None
+        graph, (packed, form) = captured
+        return Attending(graph, clock, [held], [packed], form, graphs.copying(key.at))
 
     def _captured(self, capture: Callable[[], R]) -> R | None:
         """What capture gives; where it can't, this layer's steps are launched from here on."""

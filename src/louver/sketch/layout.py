@@ -94,7 +94,11 @@ class Sketch:
     def __setattr__(self, name: str, value: object) -> None:
         """Set a field; what a backend keeps of the sketch's memory ends with it."""
         object.__setattr__(self, name, value)
-        self.__dict__.pop(HANDLE, None)
+        held = self.__dict__
+        held.pop(HANDLE, None)
+        held["version"] = self.version + 1
+
+    version = 0  # of the fields: another whenever one was set
 
     @property
     def dims(self) -> int:
@@ -130,10 +134,6 @@ class Sketch:
     def tensors(self) -> list[tuple[str, Tensor]]:
         """(name, tensor) of every tensor that is present."""
         return [(f.name, x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)]
-
-    def addresses(self) -> list[int]:
-        """Where the tensors are: the same as long as none was replaced. Quick, for it is asked at every step."""
-        return [x.data_ptr() for x in vars(self).values() if type(x) is Tensor]
 
     def trimmed(self) -> dict[str, Tensor]:
         """Every tensor that is present, by name, without the room to grow."""

@@ -6,14 +6,16 @@ another thread that draws a token meanwhile gets an error, and captures here hap
 
 import ctypes
 import gc
+import struct
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 
 from louver.errors import BackendError
 from louver.kernels import crossover as dispatch
@@ -21,9 +23,16 @@ from louver.kernels.triton import runtime
 from louver.kernels.triton.launch import rounded
 from louver.kernels.triton.step import serves
 
-__all__ = ["Graph", "Place", "capture", "decided", "on", "place", "serves"]
+__all__ = ["Graph", "Place", "capture", "copying", "decided", "on", "place", "serves", "stays"]
 
 R = TypeVar("R")
+COPY_THREADS = 256
+_WORDS = struct.Struct("=QQqQQq")  # of copy.cu
+_copy_each: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage] - one launch for several tensors
+# What torch.cuda's functions of these names come down to, without a look at whether CUDA is up.
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 CAPTURE_MODE_THREAD_LOCAL = 1  # CU_STREAM_CAPTURE_MODE_...: what other threads do meanwhile is their business
 
 
@@ -69,6 +78,47 @@ def place(device: torch.device) -> Place | None:
     if not _captures(device.index) or torch.cuda.is_current_stream_capturing():
         return None
     return Place(device.index, runtime.current_stream(), threading.get_ident())
+
+
+def stays(at: Place) -> bool:
+    """Whether launches still go there, and can be replayed."""
+    return (
+        _current_device() == at.device
+        and _current_stream(at.device) == at.stream
+        and threading.get_ident() == at.thread
+        and not _is_capturing()
+    )
+
+
+class Copying:
+    """Copies one tensor or two by one launch, for 5 µs of the host where torch's copies take 10 each. For one place, hence one thread."""
+
+    def __init__(self, at: Place) -> None:
+        self._kernel = runtime.function(("copy.cu",), "copy_words", ())
+        self._launch, self._stream = runtime.launcher(), at.stream
+        self._memory = ctypes.create_string_buffer(_WORDS.size)
+        first = ctypes.addressof(self._memory)
+        self._pointers = (ctypes.c_void_p * 6)(*(first + 8 * i for i in range(6)))
+        self._arguments = ctypes.addressof(self._pointers)
+
+    def __call__(self, into: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+        """Each of given into its fellow, which is contiguous and of its shape and dtype."""
+        a, b = given[0], given[-1]
+        from_a, from_b, words = a.data_ptr(), b.data_ptr(), a.nbytes // 4
+        more = words if len(given) == 2 else 0
+        plain = a.is_contiguous() and b.is_contiguous() and not (a.is_neg() or b.is_neg())
+        if not plain or a.nbytes % 4 or (from_a | from_b) % 4:
+            _copy_each(list(into), list(given))
+            return
+        _WORDS.pack_into(self._memory, 0, from_a, into[0].data_ptr(), words, from_b, into[-1].data_ptr(), more)
+        blocks = (words + more + COPY_THREADS - 1) // COPY_THREADS
+        if status := self._launch(
+            self._kernel, blocks, 1, 1, COPY_THREADS, 1, 1, 0, self._stream, self._arguments, None
+        ):
+            raise BackendError(f"CUDA could not launch a copy: error {status}")
+
+
+copying = Copying
 
 
 @lru_cache(maxsize=16)

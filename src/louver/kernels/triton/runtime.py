@@ -32,6 +32,14 @@ def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
+@lru_cache(maxsize=1)
+def launcher() -> Any:
+    """cuLaunchKernel, told what its arguments are, so that plain numbers will do."""
+    call = ctypes.CDLL("libcuda.so.1").cuLaunchKernel  # a handle of its own: driver()'s takes what ctypes makes of it
+    call.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
+    return call
+
+
 def available() -> bool:
     """Whether kernels can be compiled here: a card with m16n8k16 products, and NVRTC."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) and _nvrtc() is not None
