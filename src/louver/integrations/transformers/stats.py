@@ -7,7 +7,7 @@ asks. Memory does not grow with the number of steps, unless a history is asked f
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -232,7 +232,7 @@ class _Totals:
         """Those that attended, in order."""
         return sorted({*self._steps, *(layer for layer, _ in self._waiting)})
 
-    def figures(self, layer: int | None = None) -> dict[str, int | float]:
+    def figures(self, layer: int | None = None) -> dict[str, Any]:
         """The fields of a Summary, of one layer or of all."""
         self.settle()
         counts = dict.fromkeys(_COUNTS, 0)
