@@ -15,7 +15,8 @@ from louver.cli.tune import tune
 
 app = typer.Typer(
     name="louver",
-    help="Long-context LLM decoding that reads a fraction of the KV cache and certifies what it did not read.",
+    help="Long-context LLM decoding that reads a fraction of the KV cache and certifies what it did not read. "
+    "Start with louver demo, then louver generate on text of your own; louver profile says what a model would gain.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
