@@ -60,3 +60,48 @@ def test_little_waits_of_large_batches():
     for one in results(lambda: LouverAttention("topk:5"), 3, 3000, 0):
         stats.add(0, one)
         assert not stats._totals._waiting  # 1.5 MiB of outputs
+
+
+def test_layers_a_step_apart_whose_steps_have_other_numbers_of_rows(monkeypatch):
+    """Dense steps of several tokens, as in assisted decoding; a settle falls in the middle of a token."""
+    monkeypatch.setattr("louver.integrations.transformers.stats._PENDING", 8)
+    taken, alone = DecodeStats(), [DecodeStats() for _ in range(5)]
+    layers = [LouverAttention() for _ in alone]
+    random = torch.Generator().manual_seed(0)
+    for layer in layers:
+        prompt = torch.randn(1, 2, 300, 32, generator=random)
+        layer.append(prompt, prompt)
+    for step in range(20):
+        new_len = 1 + 7 * step % 5
+        for i, layer in enumerate(layers):
+            new, q = (torch.randn(1, heads, new_len, 32, generator=random) for heads in (2, 4))
+            layer.append(new, new)
+            for stats, index in ((taken, i), (alone[i], 0)):
+                with crossover.switched(True):
+                    stats.add(index, layer.attend_many(q, SCALE) if new_len > 1 else layer.attend(q[:, :, 0], SCALE))
+    for summary, stats in zip(taken.per_layer(), alone, strict=True):
+        assert all(getattr(summary, name) == getattr(stats.summary(), name) for name in (*FIELDS, "num_steps"))
+
+
+def test_layers_of_another_batch_a_step_apart():
+    stats = DecodeStats()
+    for batch, steps in ((1, 67), (2, 70)):
+        layers = [DenseAttention() for _ in range(3)]
+        for layer in layers:
+            layer.append(*(torch.randn(batch, 2, 9, 32) for _ in range(2)))
+        for _ in range(steps):
+            for i, layer in enumerate(layers):
+                stats.add(i, layer.attend(torch.randn(batch, 4, 32), SCALE))
+    assert [s.num_keys for s in stats.per_layer()] == [2 * 9 * (67 + 2 * 70)] * 3
+
+
+@pytest.mark.parametrize("policy", ["exact:0.1", "topk:5"])
+def test_nothing_is_certified_of_an_output_that_is_not_finite(policy):
+    stats, layer = DecodeStats(), LouverAttention(policy)
+    keys, values = torch.randn(2, 1, 2, 300, 32).unbind(0)
+    values[0, 0, 299, 3] = torch.nan
+    layer.append(keys, values)
+    with crossover.switched(False):
+        stats.add(0, layer.attend(torch.randn(1, 4, 32), SCALE))
+    for summary in (stats.summary(), *stats.per_layer()):
+        assert summary.certificate_worst == summary.certificate_mean == torch.inf

@@ -175,7 +175,7 @@ class _Totals:
         waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         forms: dict[int, Form] = {}  # by id: to hash a form for every result takes as long as all the rest
         packed: dict[int, dict[int, list[PackedResult]]] = {}
-        dense: dict[tuple[int, int, torch.device], dict[int, list[_Dense]]] = {}
+        dense: dict[tuple[int, int, int, int, torch.device], dict[int, list[_Dense]]] = {}
         figures: dict[tuple, list[_Figures]] = {}
         for layer, one in waiting:
             self._steps[layer] += 1
@@ -183,7 +183,10 @@ class _Totals:
                 forms[id(one.form)] = one.form
                 packed.setdefault(id(one.form), {}).setdefault(layer, []).append(one)
             elif isinstance(one, _Dense):
-                dense.setdefault((*one.read[1:], one.read[0].device), {}).setdefault(layer, []).append(one)
+                lengths, *shape = one.read
+                dense.setdefault((len(lengths), one.num_outputs, *shape, lengths.device), {}).setdefault(
+                    layer, []
+                ).append(one)
             else:
                 figures.setdefault((layer, _Kind.of(one.stats), one.stats.index_bytes is None), []).append(one)
         equal: dict[tuple[Form, torch.device], dict[int, list[PackedResult]]] = {}
@@ -194,12 +197,12 @@ class _Totals:
             for layers, some in _as_many(by_layer):
                 parts = {k: x.flatten(0, 1) for k, x in form.unpack(torch.stack([x.packed for x in some])).items()}
                 self._take(layers, [_Figures(form.stats(parts), *(parts[name] for name in _Figures._fields[1:]))])
-        for (*shape, _), by_layer in dense.items():
+        for (_, num_outputs, *shape, _), by_layer in dense.items():  # as many rows in each: layers may be a step apart
             for layers, some in _as_many(by_layer):
                 lengths = [x.read[0] for x in some]
                 nothing = torch.zeros(len(layers), 2, dtype=torch.float64, device=lengths[0].device)
                 for layer in layers:
-                    self._outputs[layer] += sum(x.num_outputs for x in some) // len(layers)
+                    self._outputs[layer] += num_outputs * len(some) // len(layers)
                 self._keep(layers, dense_stats(torch.cat(lengths), *shape), nothing, nothing)
         for (layer, *_), some in figures.items():
             self._take((layer,), some)
@@ -211,7 +214,12 @@ class _Totals:
         index_bytes = [x.stats.index_bytes.flatten() for x in some if x.stats.index_bytes is not None]
         table = _joined([x.stats.table.flatten(0, 1) for x in some])
         norm = outs.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        bounds = torch.stack([certificates / norm, dropped], -1).double().unflatten(0, (len(layers), -1))
+        # Of an output that is not finite nothing is certified.
+        relative, dropped = (
+            torch.nan_to_num(certificates / norm, nan=torch.inf, posinf=torch.inf),
+            torch.nan_to_num(dropped, nan=1.0),
+        )
+        bounds = torch.stack([relative, dropped], -1).double().unflatten(0, (len(layers), -1))
         for layer in layers:
             self._outputs[layer] += bounds.shape[1]
         stats = replace(
