@@ -1,10 +1,13 @@
 """Graphs that a CPU can replay: a replay calls the body again, and insists that whatever a CUDA graph would have by address is still there."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 
 from louver.attention import LouverAttention
 from louver.attention.replayed import ReplayedSteps
+from louver.errors import BackendError
 from louver.kernels import crossover
+
+ITS_DEVICE, ANOTHER_DEVICE = "the layer's", "another"
 
 
 class FakeGraph:
@@ -13,7 +16,7 @@ class FakeGraph:
         self.addresses = graphs.addresses(self)
 
     def replay(self):
-        assert self.graphs.here == self.graphs.captured_at[id(self)], "replayed where it was not captured"
+        assert self.graphs.now == self.graphs.captured_at[id(self)], "replayed where it was not captured"
         assert self.addresses == self.graphs.addresses(self), "a graph was replayed over memory that had moved"
         done = self.body()
         if self.graphs.breaks:
@@ -24,23 +27,44 @@ class FakeGraph:
 
 
 class FakeGraphs:
-    """In place of kernels/triton/graphs.py, for one layer."""
+    """In place of kernels/triton/graphs.py, for one layer. A stream, ``here``, is one of the ``current`` device, as torch's default is."""
 
     def __init__(self, rounded=64):
-        self.here, self.rounded, self.fails, self.breaks = "here", rounded, False, False
+        self.here, self.current, self.rounded = "here", ITS_DEVICE, rounded
+        self.fails, self.compiles, self.breaks = False, True, False
         self.layer, self.captures, self.replays, self.captured_at = None, [], 0, {}
 
+    @property
+    def now(self):
+        """Where a launch would go."""
+        return self.current, self.here
+
+    @contextmanager
     def on(self, device):
-        return nullcontext()
+        before, self.current = self.current, ITS_DEVICE
+        try:
+            yield
+        finally:
+            self.current = before
 
     def place(self, device):
-        return self.here
+        assert self.current == ITS_DEVICE, "asked for a place on another device"
+        return None if self.here is None else self.now
 
     def stays(self, at):
-        return at == self.here
+        return at == self.now
 
     def copying(self, at):
-        return lambda into, given: [x.copy_(y) for x, y in zip(into, given, strict=True)]
+        if not self.compiles:
+            raise BackendError("no compiler today")
+        assert at == self.now, "compiled for another device"
+
+        def copy(into, given):
+            assert at == self.now, "copied on another device"
+            for x, y in zip(into, given, strict=True):
+                x.copy_(y)
+
+        return copy
 
     def decided(self, tokens):
         return -(-tokens // self.rounded) * self.rounded, crossover.enabled
@@ -51,6 +75,7 @@ class FakeGraphs:
     def capture(self, body, at):
         if self.fails:
             raise RuntimeError("no capture today")
+        assert at == self.now, "captured on another device"
         done = body()
         result = None if done is None else done[0].clone()
         graph = FakeGraph(self, body, result)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from fake_graphs import FakeGraphs, replayed
+from fake_graphs import ANOTHER_DEVICE, ITS_DEVICE, FakeGraphs, replayed
 from louver.attention import LouverAttention
 from louver.errors import LouverWarning, ShapeError
 from louver.kernels import crossover
@@ -99,7 +99,7 @@ def test_whatever_happens_in_between(seed):
     held = twins.graphs
     for _ in range(20):
         twins.steps(dice.randrange(7))
-        what = dice.randrange(8)
+        what = dice.randrange(9)
         if what == 0:
             twins.both("truncate", dice.randrange(20, twins.one.kv_len))
         elif what == 1:
@@ -116,6 +116,8 @@ def test_whatever_happens_in_between(seed):
             twins.one.record = twins.other.record = dice.random() < 0.5
         elif what == 6:
             twins.steps(12)
+        elif what == 7:
+            held.current = dice.choice([ITS_DEVICE, ANOTHER_DEVICE])
         else:
             start = torch.tensor([dice.randrange(9) for _ in range(twins.batch)], dtype=torch.int32)
             twins.both("observe", twins.draw(twins.batch, HEADS, 1, DIM), start, SCALE)
@@ -180,6 +182,43 @@ def test_where_nothing_can_be_captured_steps_are_launched():
         twins.steps(1)
     twins.steps(5)
     assert twins.graphs.replays == 0
+
+
+@pytest.mark.parametrize("captured", [0, 1])
+def test_where_copies_do_not_compile_steps_are_launched(captured):
+    """Those of an append, the first to be captured, or those of an attend."""
+    twins = Twins()
+    twins.steps(2)
+    if captured:
+        twins.append(1)
+    twins.graphs.compiles = False
+    with pytest.warns(LouverWarning, match="no compiler today"):
+        twins.attend() if captured else twins.append(1)
+    replays = twins.graphs.replays
+    twins.steps(5)
+    assert twins.graphs.replays == replays == captured
+
+
+def test_steps_on_another_device_than_the_current_one():
+    """As those of a model spread over several: captured and replayed on the device of the layer, which is current only for so long."""
+    twins = Twins()
+    graphs, graphs.current = twins.graphs, ANOTHER_DEVICE
+    twins.steps(10)
+    assert len(graphs.captures) == 2
+    assert graphs.replays == 2 * 8
+    assert set(graphs.captured_at.values()) == {(ITS_DEVICE, "here")}
+    assert graphs.current == ANOTHER_DEVICE
+    graphs.current = ITS_DEVICE  # the same place
+    twins.steps(5)
+    graphs.current = ANOTHER_DEVICE
+    twins.steps(5)
+    assert len(graphs.captures) == 2
+    assert graphs.replays == 2 * 18
+    graphs.breaks = True
+    keys = twins.draw(2, KV_HEADS, 1, DIM)
+    with pytest.raises(RuntimeError, match="no launch"):
+        twins.one.append(keys, keys)
+    assert graphs.current == ANOTHER_DEVICE
 
 
 def test_a_replay_that_fails_leaves_the_cache_as_it_was():

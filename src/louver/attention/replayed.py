@@ -6,7 +6,8 @@
 A graph repeats addresses, shapes and whatever the host decided. So what all of them follow from is a key, looked at before every replay: the
 same key twice and a third time, and the step is captured; another key, and the graph is dropped. Between steps a cache may be cropped, its
 rows moved, its buffers grown, another thread or stream take over: the key says so, or the clock is set anew. What has no key (several
-tokens, a prompt, a recorded step, a capture that is under way) is launched as ever, and gives the same bits.
+tokens, a prompt, a recorded step, a capture that is under way) is launched as ever, and gives the same bits. Where a layer's device is not
+the current one, as in a model spread over several, it is made so for the look, the copies and the replay.
 """
 
 import warnings
@@ -54,17 +55,20 @@ Copying = Callable[
 class Graphs(Protocol):
     """A backend's way to capture (kernels/triton/graphs.py)."""
 
-    def on(self, device: torch.device) -> AbstractContextManager: ...
+    def on(self, device: torch.device) -> AbstractContextManager:
+        """The device as the current one. What follows, and replays, ask for that."""
+        ...
+
     def place(self, device: torch.device) -> Any:
         """Where launches go, hashable; None where nothing can be replayed."""
         ...
 
     def stays(self, at: Any) -> bool:
-        """Whether ``place`` would say this again, its device being the current one. Asked twice a layer, so quick."""
+        """Whether ``place`` would say this again: no, if its device is not the current one. Asked twice a layer, so quick."""
         ...
 
     def copying(self, at: Any) -> Copying:
-        """What copies tensors there."""
+        """What copies tensors there; a BackendError where it can't be compiled."""
         ...
 
     def decided(self, tokens: int) -> tuple[int, Hashable]:
@@ -211,6 +215,8 @@ class ReplayedSteps:
         key = slot.key
         if key is None or not key.stands(graphs, store):
             with graphs.on(keys.device):
+                if key is not None and key.stands(graphs, store):  # another device was the current one
+                    return self.append(store, keys, values)
                 at = graphs.place(keys.device)
             if at is not None:
                 slot.begin(AppendKey(at, Buffers(store)))
@@ -240,6 +246,8 @@ class ReplayedSteps:
         key = slot.key
         if key is None or not key.stands(graphs, q, store, sketch, policy, softmax_scale):
             with graphs.on(q.device):
+                if key is not None and key.stands(graphs, q, store, sketch, policy, softmax_scale):
+                    return self.attend(q, index, policy, softmax_scale)
                 at = graphs.place(q.device)
             if at is not None:
                 slot.begin(self._attend_key(graphs, at, q, store, sketch, policy, softmax_scale))
@@ -293,8 +301,11 @@ class ReplayedSteps:
             for x, given in zip(new, (keys, values), strict=True):
                 x.copy_(given)
             clock.set(held)
-            captured = self._captured(lambda: graphs.capture(write, at))
-            return None if captured is None else Appending(captured[0], new, clock, graphs.copying(at))
+            captured = self._captured(lambda: (graphs.copying(at), graphs.capture(write, at)))
+        if captured is None:
+            return None
+        copy, (graph, _) = captured
+        return Appending(graph, new, clock, copy)
 
     def _capture_attend(
         self, graphs: Graphs, key: AttendKey, q: Query, index: SketchIndex, sketch: Sketch, clock: Clock
@@ -314,11 +325,11 @@ class ReplayedSteps:
                 assert done is not None, "follows() and serves() said so"
                 return pack(*done, weights, sketch.head_dim, policy.drops)
 
-            captured = self._captured(lambda: graphs.capture(run, key.at))
+            captured = self._captured(lambda: (graphs.copying(key.at), graphs.capture(run, key.at)))
         if captured is None:
             return None
-        graph, (packed, form) = captured
-        return Attending(graph, clock, [held], [packed], form, graphs.copying(key.at))
+        copy, (graph, (packed, form)) = captured
+        return Attending(graph, clock, [held], [packed], form, copy)
 
     def _captured(self, capture: Callable[[], R]) -> R | None:
         """What capture gives; where it can't, this layer's steps are launched from here on."""

@@ -171,7 +171,10 @@ class DeviceStore:
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with the room to grow behind them, for whoever writes tokens there itself and then calls ``advance``."""
+        """Keys and values with the room to grow behind them, for whoever writes tokens there itself and then calls ``advance``.
+
+        Replays know these, and ``kv_start``, as objects: memory that moves is a new tensor, never ``set_`` or ``resize_`` of the old one.
+        """
         assert self._keys is not None and self._values is not None and not self._borrowed, "buffers of the store's own"
         return self._keys, self._values
 

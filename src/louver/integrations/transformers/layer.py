@@ -123,7 +123,7 @@ class LouverLayer(CacheLayerMixin):
 
     @torch.compiler.disable  # as is the attention function
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take in new tokens and return all keys, marked, and all values."""
+        """Take in new tokens and return all keys and all values, both marked."""
         check_states(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

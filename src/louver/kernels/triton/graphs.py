@@ -63,7 +63,7 @@ class Graph:
         weakref.finalize(self, runtime.driver().cuGraphExecDestroy, executable)  # one in flight ends first
 
     def replay(self) -> None:
-        """Launch it on the stream of its place."""
+        """Launch it on the stream of its place, whose device is the current one: 0, the default stream, is each device's own."""
         if status := self._launch(self._executable, self._stream):
             raise BackendError(f"CUDA could not launch a graph: error {status}")
 
@@ -81,7 +81,7 @@ def place(device: torch.device) -> Place | None:
 
 
 def stays(at: Place) -> bool:
-    """Whether launches still go there, and can be replayed."""
+    """Whether launches still go there, and can be replayed: never while another device is the current one."""
     return (
         _current_device() == at.device
         and _current_stream(at.device) == at.stream
