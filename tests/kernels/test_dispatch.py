@@ -37,3 +37,11 @@ def test_what_counts_is_the_whole_batch(kind):
     assert not is_short(kind, 8, 40000, 4, 128)
     assert not is_short(kind, 32 * 8, 8192, 4, 128)
     assert is_short(kind, 64 * 8, 256, 4, 128)
+
+
+def test_how_long_a_single_row_is_dense_is_what_the_readme_says():
+    longest = {
+        kind: max(n for n in range(1024, 65536, 1024) if is_short(kind, 8, n, 4, 128)) for kind in ("drop", "keep")
+    }
+    said = "Up to {drop:,} such tokens a step runs dense ({keep:,} with `exact`)".format(**longest)
+    assert said in (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")

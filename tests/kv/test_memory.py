@@ -28,7 +28,8 @@ def test_only_large_buffers_ask_for_huge_pages():
     large = empty((2 * LEAST_BYTES,), torch.uint8, torch.device("cpu"))
     assert large.shape == (2 * LEAST_BYTES,) and large.dtype == torch.uint8
     assert advised(large.fill_(1))
-    assert not advised(torch.ones(4 * LEAST_BYTES, dtype=torch.uint8))
+    # A control beyond what malloc takes from memory that was freed (32 MiB at most), and that may have been advised.
+    assert not advised(torch.ones(8 * LEAST_BYTES, dtype=torch.uint8))
     tokens = LEAST_BYTES // (2 * 64 * 2)
     store = DeviceStore()
     store.append(
