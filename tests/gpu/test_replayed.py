@@ -305,3 +305,37 @@ def test_copies_of_whatever_lies_anywhere(dtype, shape):
         copy(into[:2], given)
         copy(into[2:], given[1:])
         assert torch.equal(into[0], given[0]) and torch.equal(into[1], given[1]) and torch.equal(into[2], given[1])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two cards")
+@pytest.mark.parametrize("own_stream", [False, True])
+@pytest.mark.parametrize("current", [0, 1])
+def test_on_a_card_that_is_not_the_current_one(current, own_stream):
+    home, before = torch.device("cuda:1"), torch.cuda.current_device()
+    random = torch.Generator(home).manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random, device=home).half()
+
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(home) if own_stream else None):
+            torch.cuda.set_device(current)
+            one, other = LouverAttention("exact:0.05"), launched("exact:0.05")
+            prompt, queries = draw(2, 2, 1000, 64), draw(2, 8, 1000, 64)
+            for x in (one, other):
+                x.append(prompt, prompt)
+                x.observe(queries, None, 0.125)
+            for step in range(300):
+                if step % 50 == 49:
+                    torch.cuda.set_device(1 - torch.cuda.current_device())  # the same place for the layer
+                new, q = draw(2, 2, 1, 64), 2 * draw(2, 8, 64)
+                for x in (one, other):
+                    x.append(new, new)
+                a, b = (x.attend(q, 0.125) for x in (one, other))
+                assert torch.equal(a.tau, b.tau) and torch.equal(a.stats.table, b.stats.table)
+                torch.testing.assert_close(a.out, b.out, rtol=2e-3, atol=1e-3)
+            held = one._replayed
+            assert held._appending.held is not None and held._attending.held is not None
+            assert held._attending.key.at.device == 1
+    finally:
+        torch.cuda.set_device(before)
