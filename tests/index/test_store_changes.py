@@ -112,6 +112,30 @@ def test_no_key_is_lost_or_read_that_is_not_there(make, change, refreshed):
         assert (got.stats.count("open") >= 0).all()
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", [make for make in MAKE if make.startswith("balls")])
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_an_intersection_is_of_the_keys_that_are_there(make, change, refreshed):
+    store = DeviceStore()
+    store.append(*tokens(3, 100))
+    index = MAKE[make](store)
+    index.refresh()
+    CHANGES[change](store)
+    if refreshed:
+        index.refresh()
+    keys = store.keys
+    subspaces = index.config.subspaces
+    q = torch.randn(keys.shape[0], 2 * keys.shape[1], keys.shape[3], generator=generator(1))
+    for at in (-5.0, -torch.inf):
+        tau = torch.full((*q.shape[:2], subspaces), at)
+        found = index.search_intersection(q, tau)
+        want = MAKE[make](copy.deepcopy(store))
+        want.refresh()
+        assert torch.equal(found.mask(keys.shape[2]), want.search_intersection(q, tau).mask(keys.shape[2]))
+        assert (found.num_scanned <= found.num_keys[:, None]).all()
+    assert torch.equal(found.mask(keys.shape[2]), FlatIndex(store).search(q, tau[..., 0]).mask(keys.shape[2]))
+
+
 @pytest.mark.skipif(not native.available(), reason="the extension was not built")
 def test_a_step_that_is_ready_is_not_taken_over_other_tokens():
     """As many tokens and as many blocks as before: nothing but the store's history tells."""
@@ -181,6 +205,9 @@ def test_an_index_that_was_never_refreshed_answers():
         q = torch.randn(2, 4, 64, generator=generator(1))
         found = index.search(q, torch.full((2, 4), 20.0))
         assert torch.equal(found.mask(100), FlatIndex(store).search(q, torch.full((2, 4), 20.0)).mask(100))
+        if isinstance(index, BallIndex):
+            found = index.search_intersection(q, torch.full((2, 4, index.config.subspaces), -torch.inf))
+            assert found.mask(100).all()
 
 
 @pytest.mark.parametrize("make", [*MAKE, "flat"])

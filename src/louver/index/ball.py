@@ -79,19 +79,16 @@ class BallIndex:
     def refresh(self) -> None:
         """Fold in the buffers that are full; shorter ones stay and are scanned."""
         self._follow()
-        keys, start = self.store.keys, self.store.kv_start
-        if self._split is None:
-            self.backend = resolve_backend(self._asked_backend, keys.device)
-            self._split = subspaces(keys.shape[3], self.config.subspaces, self.config.slicing, self.config.seed)
+        keys, start, split = self.store.keys, self.store.kv_start, self.split
         if self._folded_start is None or not torch.equal(self._folded_start, start):
-            self.rows = [empty_row(keys.shape[1], self._split, self.config, keys.device)] * keys.shape[0]
+            self.rows = [empty_row(keys.shape[1], split, self.config, keys.device)] * keys.shape[0]
             self._folded_start = start.clone()
         self._cut(keys.shape[2])
         for i, (begin, end) in enumerate(zip(start.tolist(), self.store.kv_len.tolist(), strict=True)):
             waiting = end - begin - self.rows[i].num_folded
             if waiting >= max(self.config.buffer_len, self.config.group_len):
                 whole = end - waiting % self.config.group_len
-                self.rows[i] = fold(self.rows[i], keys[i, :, begin:whole], self._split, self.config)
+                self.rows[i] = fold(self.rows[i], keys[i, :, begin:whole], split, self.config)
 
     def _follow(self) -> None:
         """Forget the tokens that the store lost, or moved, while the index was not asked."""
@@ -138,6 +135,7 @@ class BallIndex:
         tau_per_subspace is [batch, num_q_heads, subspaces], score units. Extras only within the rounding slack. Subspaces are those of the index's slicing. A key that is not finite is returned.
         """
         check_query(q, self.store.keys)
+        self._follow()
         wanted = (*q.shape[:2], self.split.count)
         if tau_per_subspace.shape != wanted:
             raise ShapeError(
@@ -216,8 +214,11 @@ class BallIndex:
 
     @property
     def split(self) -> Subspaces:
-        """How head_dim is split."""
-        assert self._split is not None, "refresh() before the first search"
+        """How head_dim is split. Known as soon as there are keys; other keys, put there behind the index's back, may have another."""
+        if self._split is None:
+            keys = self.store.keys
+            self.backend = resolve_backend(self._asked_backend, keys.device)
+            self._split = subspaces(keys.shape[3], self.config.subspaces, self.config.slicing, self.config.seed)
         return self._split
 
     @property
