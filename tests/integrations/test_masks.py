@@ -11,7 +11,7 @@ from integrations.scenarios import as_argument, generate
 from integrations.tiny_models import llama
 from louver.errors import LouverWarning
 from louver.integrations.transformers import attach
-from louver.integrations.transformers.padding import NO_PADDING, PaddingReader, read_padding
+from louver.integrations.transformers.padding import NO_PADDING, Padding, PaddingReader, read_padding
 
 
 def mask_of(*rows: str) -> torch.Tensor:
@@ -78,6 +78,14 @@ def both_ways(ids, masks, layer):
     expected = decode(model, DynamicCache(config=model.config), ids, masks)
     cache = attach(model, layer=layer)
     return expected, decode(model, cache, ids, masks), cache
+
+
+def test_padding_of_another_batch_has_not_grown():
+    two, three = Padding(torch.tensor([2, 0]), (2, 0)), Padding(torch.tensor([2, 0, 1]), (2, 0, 1))
+    for kv_len in (0, 1, 5):
+        assert not two.grows_to(three, kv_len) and not three.grows_to(two, kv_len)
+    assert NO_PADDING.grows_to(three, 0) and three.grows_to(NO_PADDING, 0) and not NO_PADDING.grows_to(three, 1)
+    assert two.grows_to(Padding(torch.tensor([4, 0]), (4, 0)), 2)
 
 
 def test_right_padding_is_attended_densely(prompts, layer):

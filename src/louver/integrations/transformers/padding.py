@@ -32,6 +32,8 @@ class Padding:
             return False
         rows = max(len(self.counts), len(other.counts))
         mine, theirs = (counts or (0,) * rows for counts in (self.counts, other.counts))
+        if len(mine) != len(theirs):
+            return False  # a mask of another batch
         return all(a == b or kv_len <= min(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
