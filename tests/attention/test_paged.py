@@ -1,14 +1,15 @@
 """Decode steps over an engine's pages: whoever owned them before, whoever shares them, whatever is written over."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from louver import SketchConfig
-from louver.attention import PagedAttention, PagedRows
+from louver.attention import PagedAttention, PagedRows, paged
 from louver.errors import PolicyError, ShapeError
-from louver.kernels import available_backends
+from louver.kernels import available_backends, get_ops
 
 PAGE, HEADS, GROUP, DIM = 16, 2, 3, 32
 SCALE = DIM**-0.5
@@ -129,6 +130,23 @@ def test_one_request_with_a_query_that_is_not_finite_harms_no_other(backend):
     q[0] = 0
     whole = engine.paged.attend(q, engine.keys, engine.values, rows, SCALE)
     assert torch.equal(broken.out[1], whole.out[1]) and torch.isfinite(whole.out).all()
+
+
+def test_kernels_get_a_query_whose_memory_holds_its_own_sign(monkeypatch):
+    """What ``z.conj().imag`` is holds the other one, and a kernel on a GPU reads memory."""
+    engine, request = make_engine("reference"), []
+    engine.write(request, 0, 50)
+    rows = PagedRows.of(torch.tensor([request]), torch.tensor([50]), PAGE, 50)
+    q, ops, negated = engine.normal(1, HEADS * GROUP, DIM), get_ops("reference"), []
+
+    def step(q, *rest):
+        negated.append(q.is_neg())
+        return ops.step(q, *rest)
+
+    want = engine.paged.attend(q, engine.keys, engine.values, rows, SCALE)
+    monkeypatch.setattr(paged, "get_ops", lambda backend: SimpleNamespace(step=step))
+    got = engine.paged.attend(torch._neg_view(-q), engine.keys, engine.values, rows, SCALE)
+    assert negated == [False] and torch.equal(got.out, want.out)
 
 
 def test_what_pages_cannot_do_is_said_at_the_door():

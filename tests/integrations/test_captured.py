@@ -1,5 +1,7 @@
 """The steps that CapturedDecoding captures, launched without a graph on the CPU: the same as a model's usual steps, bit for bit."""
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -7,8 +9,10 @@ from integrations.scenarios import as_argument
 from integrations.tiny_models import gemma3, llama
 from louver.attention import LouverAttention
 from louver.errors import OutOfRoomError, PolicyError, UnsupportedModelError
-from louver.integrations.transformers import CapturedDecoding, attach
+from louver.integrations.transformers import CapturedDecoding, attach, captured
+from louver.integrations.transformers.padding import NO_PADDING
 from louver.kernels import crossover
+from louver.kv.clock import Clock
 from louver.sketch.layout import SketchConfig
 
 
@@ -51,6 +55,30 @@ def test_steps_are_the_usual_ones(policy):
     torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-5, atol=1e-5 if policy == "dense" else 0)
     counts = [None if step is None else step.counts[..., 0].unique().tolist() for step in decoding.evidence]
     assert counts == [None if policy == "dense" else [112]] * 2
+
+
+@pytest.mark.parametrize("policy", ["exact:0.05", "dense"])
+def test_kernels_get_a_query_whose_memory_holds_its_own_sign(policy):
+    """What ``z.conj().imag`` is holds the other one, and a captured kernel reads memory."""
+    cache = prompted(llama(), policy)
+    layer = captured._CapturedLayer(cache.served_layers[0], clock := Clock(2, torch.device("cpu")))
+    clock.set(61)
+    layer.encodes, seen = False, []
+    q = torch.randn(2, 4, layer.attention.store.keys.shape[3], generator=torch.Generator().manual_seed(2))
+    ops = layer._ops
+
+    class Watched(ModuleType):
+        def __getattr__(self, name):
+            def op(q, *rest, **more):
+                seen.append(q.is_neg())
+                return getattr(ops, name)(q, *rest, **more)
+
+            return op
+
+    want = layer.attend(q, NO_PADDING, 0.3).clone()
+    layer._ops = Watched("watched")
+    assert torch.equal(layer.attend(torch._neg_view(-q), NO_PADDING, 0.3), want)
+    assert seen == [False]
 
 
 def test_a_reset_cache_is_captured_anew():

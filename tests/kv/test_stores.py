@@ -13,7 +13,7 @@ from louver import LouverAttention
 from louver.attention import DenseAttention
 from louver.attention.room import check_room
 from louver.errors import OutOfRoomError, PolicyError, ShapeError
-from louver.kv import DiskStore, HostStore, StoreConfig, disk
+from louver.kv import DeviceStore, DiskStore, HostStore, StoreConfig, disk
 from louver.protocols import KVStore
 from louver.sketch import SketchConfig
 
@@ -46,6 +46,25 @@ def test_holds_what_concatenation_holds(options, lengths, dtype):
     assert store.memory_bytes() > 0
     store.clear()
     assert store.is_empty and store.memory_bytes() == 0
+
+
+@pytest.mark.parametrize("store", [DeviceStore, HostStore])
+def test_a_tensor_that_torch_negates_as_it_is_read_is_kept_as_it_reads(store, monkeypatch):
+    """What ``z.conj().imag`` is: a prompt that is kept as it came is read by kernels, which read memory."""
+    keys, values = tokens(1, 30), tokens(1, 30)
+    given, write = [], DeviceStore._write
+
+    def watched(self, keys, values, end):
+        given.extend((keys, values))
+        write(self, keys, values, end)
+
+    monkeypatch.setattr(store, "_write", watched)
+    held = store()
+    held.append(torch._neg_view(-keys), torch._neg_view(-values))
+    assert [x.is_neg() for x in given] == [False, False]
+    assert torch.equal(held.keys, keys) and torch.equal(held.values, values)
+    held.append(torch._neg_view(-keys), torch._neg_view(-values))
+    assert torch.equal(held.keys, torch.cat([keys, keys], 2)) and len(given) == 4
 
 
 def test_copies_are_independent(options):

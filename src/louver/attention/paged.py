@@ -94,7 +94,7 @@ class PagedAttention:
         that is not finite is no error here: it gets what dense attention would give it, and its neighbours are unharmed.
         record: fill exact_mask [batch, num_q_heads, table_width * page_len].
         """
-        policy = self.policy
+        policy, q = self.policy, q.resolve_neg()  # kernels read memory
         self.pages.refresh(rows.full_pages, keys, values)
         sketch = self.pages.rows(rows.block_table, rows.num_pages * self.pages.frames_per_page)
         step = get_ops(self.pages.backend).step(

@@ -197,6 +197,7 @@ class SketchIndex:
     def bounds(self, q: Query, softmax_scale: float, sinks: int = 0, recent: int = 0) -> Bounds:
         """Bounds of every sketched key, with their summary."""
         check_query(q, self.store.keys)
+        q = q.resolve_neg()
         return get_ops(self.backend).bounds(
             q, self.store.keys, self._current(), self.store.kv_start, self.store.kv_len, softmax_scale, sinks, recent
         )

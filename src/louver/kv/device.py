@@ -153,6 +153,7 @@ class DeviceStore:
             ShapeError: the tokens do not fit what the store already holds, or its rows end at different positions.
         """
         check_keys_values(keys, values)
+        keys, values = keys.resolve_neg(), None if values is None else values.resolve_neg()  # kernels read memory
         new_len = keys.shape[2]
         if self._keys is None:
             # Room for a quarter more from the start, or the first decode step would copy the whole prompt.

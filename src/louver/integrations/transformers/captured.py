@@ -185,6 +185,7 @@ class _CapturedLayer(LouverLayer):
 
     def attend(self, q: Tensor, padding: Padding, softmax_scale: float) -> Tensor:
         """One decode step over the buffers up to the clock's length."""
+        q = q.resolve_neg()  # kernels read memory
         place = (self.attention.store.kv_start, self._clock.kv_len, softmax_scale)
         if self._is_dense:
             return self._ops.attend_dense(q, self._keys, self._values, *place)[0]
