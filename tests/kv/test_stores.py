@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from louver.errors import OutOfRoomError, PolicyError, ShapeError
 from louver.kv import DeviceStore, DiskStore, HostStore, StoreConfig, disk
 from louver.protocols import KVStore
 from louver.sketch import SketchConfig
+from louver.sketch.layout import PER_BLOCK
+from strategies import generator
 
 CONFIG = SketchConfig(frame_len=16)
 
@@ -157,3 +160,49 @@ def test_room_on_a_gpu_is_counted_before_it_is_taken():
         check_room(keys, 1280, config, True, held)
     check_room(keys, 1280, None, False, 0)
     check_room(keys, 100, config, False, 0)  # no block is closed, nothing is sketched
+
+
+@pytest.mark.parametrize("store", ["device", "host"])
+@pytest.mark.parametrize("reserve_tokens", [0, 1000, 5000])
+def test_room_is_counted_as_it_is_taken(store, reserve_tokens, monkeypatch):
+    """With the room that was reserved, and what buffers grow by; on a GPU, of which this CPU takes the part."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(HostStore, "_write", DeviceStore._write)
+    made = {"config": CONFIG, "store": store, "reserve_tokens": reserve_tokens}
+
+    def decode(max_gpu_bytes):
+        """Bytes on the GPU after each append, until one is refused; why."""
+        layer, held = LouverAttention("exact:0.01", max_gpu_bytes=max_gpu_bytes, **made), []
+        for new_len in [700, *[16] * 40]:
+            keys = torch.randn(1, 2, new_len, 6, generator=generator(new_len))
+            try:
+                layer.append(keys, keys)
+            except OutOfRoomError as error:
+                return held, str(error)
+            layer.observe(torch.randn(1, 2, 4, 6, generator=generator(1)), None, 0.4)
+            sketch = sum(x.numel() * x.element_size() for n, x in layer.index.sketch.tensors() if n in PER_BLOCK)
+            held.append(sketch + (layer.store.memory_bytes() if store == "device" else 0))
+        return held, None
+
+    free, refused = decode(1 << 40)
+    assert refused is None and sorted(free) == free
+    for limit in sorted({*free, *(x - 1 for x in free)}):
+        held, refused = decode(limit)
+        assert held == [x for x in free if x <= limit], "refused when it would not fit, and not before"
+        assert (refused is None) == (limit >= free[-1])
+
+
+def test_the_advice_about_room_holds():
+    """As many tokens as it names do fit when they are reserved, and half as many again would not."""
+    keys, config, limit = torch.randn(1, 2, 4, 64), SketchConfig(frame_len=96), 5_000_000
+    keys_only = SketchConfig(frame_len=96, values=False)
+    with pytest.raises(OutOfRoomError, match=r"4,000 tokens, with room for 1,000,000, would take") as caught:
+        check_room(keys, 4000, config, True, limit, capacity=1_000_000, num_blocks=1_000_000 // 96)
+    fits = [
+        int(x.replace(",", "")) for x in re.findall(r"([\d,]+)(?: tokens)? (?:as it is|with store)", str(caught.value))
+    ]
+    assert "reserve_tokens" in str(caught.value) and len(fits) == 3
+    for tokens, (how, on_gpu) in zip(fits, [(config, True), (config, False), (keys_only, False)], strict=True):
+        check_room(keys, 10, how, on_gpu, limit, capacity=tokens, num_blocks=tokens // 96)
+        with pytest.raises(OutOfRoomError):
+            check_room(keys, 10, how, on_gpu, limit, capacity=tokens * 3 // 2, num_blocks=tokens * 3 // 2 // 96)

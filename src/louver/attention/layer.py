@@ -99,10 +99,11 @@ class LouverAttention(OnStore):
             OutOfRoomError: they would take more of the GPU than max_gpu_bytes.
         """
         if self.max_gpu_bytes is not None and keys.is_cuda:
-            config = self.index.config if isinstance(self.index, SketchIndex) else None
-            check_room(
-                keys, self.kv_len + keys.shape[2], config, self.store_config.store == "device", self.max_gpu_bytes
-            )
+            kv_len, on_gpu = self.kv_len + keys.shape[2], self.store_config.store == "device"
+            config, room = None, {"capacity": self.store.capacity_for(kv_len)}
+            if isinstance(self.index, SketchIndex):
+                config, room["num_blocks"] = self.index.config, self.index.capacity_for(kv_len)
+            check_room(keys, kv_len, config, on_gpu, self.max_gpu_bytes, **room)
         if not self._replayed.append(self.store, keys, values):
             self.store.append(keys, values)
         return self.held

@@ -116,11 +116,19 @@ class SketchIndex:
             if values is not None and not sketch.num_blocks.any():
                 self._fix_value_mean(sketch, values, start, end)
             self.prepared.clear()  # they would keep what it outgrows
-            # And for as many as the store was asked to: the first block that closes would move all, and end what was captured.
-            sketch.reserve(max(int(blocks.max()), getattr(self.store, "reserve_tokens", 0) // self.config.frame_len))
+            sketch.reserve(self._blocks_reserved(int(blocks.max())))
             get_ops(self.backend).encode_block(keys, values, sketch, start, end)
         if bool((end == keys.shape[2]).all()):
             self._settled = (start, version(start), start.tolist(), blocks.tolist())
+
+    def _blocks_reserved(self, num_blocks: int) -> int:
+        # For as many as the store was asked to: the first block that closes would move all, and end what was captured.
+        return max(num_blocks, getattr(self.store, "reserve_tokens", 0) // self.config.frame_len)
+
+    def capacity_for(self, kv_len: int) -> int:
+        """Blocks per row the sketch will have room for once rows of kv_len tokens are encoded."""
+        num_blocks = self._blocks_reserved(kv_len // self.config.frame_len)
+        return num_blocks if self.sketch is None else self.sketch.capacity_for(num_blocks)
 
     def _follow(self) -> None:
         """Open the blocks whose tokens the store lost, or moved, while the index was not asked."""

@@ -146,6 +146,15 @@ class DeviceStore:
         """Tokens per row the buffers hold before they grow."""
         return 0 if self._keys is None else self._keys.shape[2]
 
+    def capacity_for(self, kv_len: int) -> int:
+        """Tokens per row the buffers will hold once an ``append`` has made the longest row kv_len tokens long."""
+        if self._keys is None:
+            # Room for a quarter more from the start, or the first decode step would copy the whole prompt.
+            return self.reserve_tokens if self.reserve_tokens >= max(1, kv_len) else _grown(kv_len)
+        if kv_len > self.capacity or self._borrowed:
+            return max(_rounded(kv_len), _grown(self.capacity))
+        return self.capacity
+
     def append(self, keys: Tensor, values: Tensor | None) -> None:
         """Add tokens [batch, num_kv_heads, new_len, head_dim] at the end of every row.
 
@@ -156,8 +165,7 @@ class DeviceStore:
         keys, values = keys.resolve_neg(), None if values is None else values.resolve_neg()  # kernels read memory
         new_len = keys.shape[2]
         if self._keys is None:
-            # Room for a quarter more from the start, or the first decode step would copy the whole prompt.
-            capacity = self.reserve_tokens if self.reserve_tokens >= max(1, new_len) else _grown(new_len)
+            capacity = self.capacity_for(new_len)
             self._keys = self._buffer(keys, capacity)
             self._values = None if values is None else self._buffer(values, capacity)
             self._kv_start = _per_row(0, keys)
@@ -165,7 +173,7 @@ class DeviceStore:
         self._check_fits(keys, values)
         end = self._len + new_len
         if end > self.capacity or self._borrowed:
-            self._resize(max(_rounded(end), _grown(self.capacity)))
+            self._resize(self.capacity_for(end))
         self._write(keys, values, end)
         self._len = end
         self._kv_len = _per_row(end, self._keys)

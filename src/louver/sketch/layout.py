@@ -140,12 +140,16 @@ class Sketch:
         held = int(self.num_blocks.max()) if self.num_blocks.numel() else 0
         return {name: x[:, :, :held] if name in PER_BLOCK else x for name, x in self.tensors()}
 
+    def capacity_for(self, num_blocks: int) -> int:
+        """Blocks there will be room for once ``reserve`` was asked for num_blocks."""
+        return self.capacity if num_blocks <= self.capacity else max(num_blocks, self.capacity + self.capacity // 4 + 1)
+
     def reserve(self, num_blocks: int) -> None:
         """Make room for num_blocks blocks, growing by at least a quarter so that appending stays cheap."""
         assert self.pages is None, "pages do not grow"
-        if num_blocks <= self.capacity:
+        target = self.capacity_for(num_blocks)
+        if target == self.capacity:
             return
-        target = max(num_blocks, self.capacity + self.capacity // 4 + 1)
         for name, x in self.tensors():
             if name in PER_BLOCK:
                 grown = empty((*x.shape[:2], target, *x.shape[3:]), x.dtype, x.device)
