@@ -183,10 +183,9 @@ class _Totals:
                 forms[id(one.form)] = one.form
                 packed.setdefault(id(one.form), {}).setdefault(layer, []).append(one)
             elif isinstance(one, _Dense):
-                lengths, *shape = one.read
-                dense.setdefault((len(lengths), one.num_outputs, *shape, lengths.device), {}).setdefault(
-                    layer, []
-                ).append(one)
+                lengths, num_kv_heads, head_dim = one.read
+                key = (len(lengths), one.num_outputs, num_kv_heads, head_dim, lengths.device)
+                dense.setdefault(key, {}).setdefault(layer, []).append(one)
             else:
                 figures.setdefault((layer, _Kind.of(one.stats), one.stats.index_bytes is None), []).append(one)
         equal: dict[tuple[Form, torch.device], dict[int, list[PackedResult]]] = {}
@@ -197,13 +196,13 @@ class _Totals:
             for layers, some in _as_many(by_layer):
                 parts = {k: x.flatten(0, 1) for k, x in form.unpack(torch.stack([x.packed for x in some])).items()}
                 self._take(layers, [_Figures(form.stats(parts), *(parts[name] for name in _Figures._fields[1:]))])
-        for (_, num_outputs, *shape, _), by_layer in dense.items():  # as many rows in each: layers may be a step apart
-            for layers, some in _as_many(by_layer):
+        for (_, num_outputs, num_kv_heads, head_dim, _), by_layer in dense.items():
+            for layers, some in _as_many(by_layer):  # as many rows in each: layers may be a step apart
                 lengths = [x.read[0] for x in some]
                 nothing = torch.zeros(len(layers), 2, dtype=torch.float64, device=lengths[0].device)
                 for layer in layers:
                     self._outputs[layer] += num_outputs * len(some) // len(layers)
-                self._keep(layers, dense_stats(torch.cat(lengths), *shape), nothing, nothing)
+                self._keep(layers, dense_stats(torch.cat(lengths), num_kv_heads, head_dim), nothing, nothing)
         for (layer, *_), some in figures.items():
             self._take((layer,), some)
 
@@ -215,10 +214,8 @@ class _Totals:
         table = _joined([x.stats.table.flatten(0, 1) for x in some])
         norm = outs.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         # Of an output that is not finite nothing is certified.
-        relative, dropped = (
-            torch.nan_to_num(certificates / norm, nan=torch.inf, posinf=torch.inf),
-            torch.nan_to_num(dropped, nan=1.0),
-        )
+        relative = torch.nan_to_num(certificates / norm, nan=torch.inf, posinf=torch.inf)
+        dropped = torch.nan_to_num(dropped, nan=1.0)
         bounds = torch.stack([relative, dropped], -1).double().unflatten(0, (len(layers), -1))
         for layer in layers:
             self._outputs[layer] += bounds.shape[1]
