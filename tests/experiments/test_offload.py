@@ -63,7 +63,7 @@ def test_evidence_sees_a_lost_key():
     assert found["num_false_negatives"] == 1 and found["recall"] < 1
 
 
-@pytest.mark.skipif(not disk.STATUS.exists(), reason="Linux only")
+@pytest.mark.skipif(not disk.STATUS.exists(), reason="only Linux says in /proc what of a process is in memory")
 def test_a_cache_on_disk_is_not_in_the_processs_own_memory(tmp_path):
     config = disk.Config(gigabytes=0.2, dtype="bfloat16", layers=1, steps=1, policy="budget:0.01", folder=tmp_path)
     ((row,), _) = disk.run(config)

@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said(tmp_path):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which .ci/run installs")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(page_file, tmp_path, scheme):
     from playwright.sync_api import sync_playwright
@@ -137,7 +137,7 @@ def test_the_profiles_page_shows_its_rows(profile_page):
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which .ci/run installs")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_profile_in_a_browser(profile_page, scheme):
     from playwright.sync_api import sync_playwright

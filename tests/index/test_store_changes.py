@@ -84,10 +84,8 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("make", MAKE)
-@pytest.mark.parametrize("refreshed", [False, True])
-def test_no_key_is_lost_or_read_that_is_not_there(make, change, refreshed):
+def changed(make, change, refreshed):
+    """A store, its index from before the change, and queries for what the store holds now."""
     store = DeviceStore()
     store.append(*tokens(3, 100))
     index = MAKE[make](store)
@@ -95,8 +93,16 @@ def test_no_key_is_lost_or_read_that_is_not_there(make, change, refreshed):
     CHANGES[change](store)
     if refreshed:
         index.refresh()
+    batch, num_kv_heads, _, head_dim = store.keys.shape
+    return store, index, torch.randn(batch, 2 * num_kv_heads, head_dim, generator=generator(1))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_no_key_is_lost_or_read_that_is_not_there(make, change, refreshed):
+    store, index, q = changed(make, change, refreshed)
     keys = store.keys
-    q = torch.randn(keys.shape[0], 2 * keys.shape[1], keys.shape[3], generator=generator(1))
     for tau in (torch.full(q.shape[:2], 20.0), torch.full(q.shape[:2], -torch.inf)):
         found, flat = index.search(q, tau), FlatIndex(store).search(q, tau)
         assert torch.equal(found.mask(keys.shape[2]), flat.mask(keys.shape[2]))
@@ -116,16 +122,9 @@ def test_no_key_is_lost_or_read_that_is_not_there(make, change, refreshed):
 @pytest.mark.parametrize("make", [make for make in MAKE if make.startswith("balls")])
 @pytest.mark.parametrize("refreshed", [False, True])
 def test_an_intersection_is_of_the_keys_that_are_there(make, change, refreshed):
-    store = DeviceStore()
-    store.append(*tokens(3, 100))
-    index = MAKE[make](store)
-    index.refresh()
-    CHANGES[change](store)
-    if refreshed:
-        index.refresh()
+    store, index, q = changed(make, change, refreshed)
     keys = store.keys
     subspaces = index.config.subspaces
-    q = torch.randn(keys.shape[0], 2 * keys.shape[1], keys.shape[3], generator=generator(1))
     for at in (-5.0, -torch.inf):
         tau = torch.full((*q.shape[:2], subspaces), at)
         found = index.search_intersection(q, tau)
